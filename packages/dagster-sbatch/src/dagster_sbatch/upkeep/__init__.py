@@ -2,10 +2,15 @@
 
 import dagster as dg
 
-from dagster_sbatch.auth import check_health
+from dagster_sbatch.auth import AccessError, check_health
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.project import Project
 from dagster_sbatch.settings import Settings
+from dagster_sbatch.slurm.gateway import RefusedError
+from dagster_sbatch.ssh import SshError
+
+TICK_SECONDS = 40.0  # for the supercomputer to answer a sensor or a check; Dagster gives a tick 60
+NO_ACCESS = (AccessError, SshError, RefusedError)  # errors of what asks the supercomputer
 
 
 def running_on_supercomputer(project: Project) -> dg.DefaultSensorStatus:

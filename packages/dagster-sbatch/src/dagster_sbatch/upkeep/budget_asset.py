@@ -18,8 +18,7 @@ from dagster_sbatch.run.history import recorded_assets
 from dagster_sbatch.run.reports import markdown
 from dagster_sbatch.slurm import Site
 from dagster_sbatch.slurm.gateway import Usage
-from dagster_sbatch.upkeep import running_on_supercomputer, wait_for_access
-from dagster_sbatch.upkeep.orphans import NO_ACCESS, TICK_SECONDS
+from dagster_sbatch.upkeep import NO_ACCESS, TICK_SECONDS, running_on_supercomputer, wait_for_access
 
 OBSERVE_EVERY = 3600
 SHORTEST_DAYS = 14  # a budget that lasts for fewer days fails the check

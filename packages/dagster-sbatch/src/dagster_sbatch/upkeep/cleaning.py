@@ -9,8 +9,7 @@ import dagster as dg
 from dagster_sbatch.inspect.remote_runs import RunRecord, TaskList, open_runs
 from dagster_sbatch.project import Project
 from dagster_sbatch.run.history import is_stored, stored_before
-from dagster_sbatch.upkeep import running_on_supercomputer, wait_for_access
-from dagster_sbatch.upkeep.orphans import NO_ACCESS, TICK_SECONDS
+from dagster_sbatch.upkeep import NO_ACCESS, TICK_SECONDS, running_on_supercomputer, wait_for_access
 
 CLEAN_EVERY = 6 * 3600
 KEEP_DAYS, KEEP_FAILED_DAYS = 14, 90

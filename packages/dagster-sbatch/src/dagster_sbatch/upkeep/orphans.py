@@ -11,22 +11,17 @@ from typing import Literal
 import dagster as dg
 from pydantic import BaseModel, ValidationError
 
-from dagster_sbatch.auth import AccessError
 from dagster_sbatch.inspect.remote_runs import RunRecord, Runs, open_runs
 from dagster_sbatch.project import Project
 from dagster_sbatch.run.reports import ACCESS, LEFT_JOBS, REACHABLE, evaluate, markdown
 from dagster_sbatch.slurm.gateway import JobEnd, RefusedError
 from dagster_sbatch.slurm.units import count_of
-from dagster_sbatch.ssh import SshError
-from dagster_sbatch.upkeep import running_on_supercomputer
+from dagster_sbatch.upkeep import NO_ACCESS, TICK_SECONDS, running_on_supercomputer
 from dagster_sbatch.upkeep.ownership import describe_left, group_state, left_jobs, reason_to_cancel, repeat_failures
 
 LOOK_BACK = timedelta(days=7)  # the first tick examines runs that have ended within this time
 LATE = timedelta(minutes=1)  # the database may show the end of a run so much later than its time
 LEFT_PAUSE = timedelta(minutes=15)  # before the supercomputer is asked again about jobs that are listed
-TICK_SECONDS = 40.0  # for the supercomputer to answer; Dagster gives a tick 60
-
-NO_ACCESS = (AccessError, SshError, RefusedError)
 _UNHAPPY = [dg.DagsterRunStatus.CANCELED, dg.DagsterRunStatus.FAILURE]
 _NONE_LEFT = "Every job that is waiting or running is followed by a run."
 
