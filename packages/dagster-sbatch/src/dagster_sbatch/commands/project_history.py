@@ -30,7 +30,7 @@ def open_instance(project: Project) -> Iterator[dg.DagsterInstance]:
         try:
             instance = stack.enter_context(dg.DagsterInstance.get())
             instance.fetch_materializations(dg.AssetKey("any"), limit=1)
-        except Exception as error:  # noqa: BLE001 - of whatever file and database it is
+        except Exception as error:  # noqa: BLE001 - each file and database has errors of its own
             file = f"{os.environ['DAGSTER_HOME']}/dagster.yaml"
             raise ConfigurationError(
                 f"Dagster's history cannot be opened: {describe_instance_error(error)}\n"

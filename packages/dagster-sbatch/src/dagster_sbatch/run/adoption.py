@@ -58,8 +58,8 @@ class Choice:
     follow: Mapping[str, Mapping[int, int]]
     ended: int  # how many of these tasks are over
     new: Sequence[int]  # indices of the tasks that have to be submitted
-    # Tasks of earlier array jobs that run or wait in vain: their indices in the job, by run directory. Their values or
-    # the data that they read have changed since, or their partitions are done
+    # Active tasks of earlier array jobs that this step does not need, by run directory: their indices in the job. Their
+    # values or the data that they read have changed since, or their partitions are done
     outdated: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 

@@ -92,7 +92,7 @@ class Task:
     name: str
     partitions: Sequence[str] = ()  # that it computes; empty for a parameter set
     values: Mapping[str, Any] = field(default_factory=dict)  # its parameter set; empty for partitions
-    # Versions of the data that it reads, by partition, beside those that all tasks read
+    # Versions of the data that only this task reads, by partition
     reads: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
@@ -102,7 +102,7 @@ class Task:
 
     @property
     def id(self) -> str:
-        """A digest of what decides its result, beside the inputs that all tasks have in common, and of its name."""
+        """A digest of its name and its own inputs, without those that all tasks have in common."""
         return digest_of([self.name, list(self.partitions), dict(self.values), dict(self.reads)])
 
     @property

@@ -1,4 +1,4 @@
-"""What the tasks of an array report, and what it all comes to: one result for each asset and check."""
+"""Read what the tasks of an array report, and combine it into one result for each asset and check."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +33,7 @@ LONGEST_TEXT = 200  # characters of what is kept of the metadata of a check
 class TaskResult:
     """What is kept of a task that succeeded."""
 
-    task: Task  # the task
+    task: Task
     where: dict[str, Any]  # metadata of its job
     costs: dict[str, Any]  # numbers of its job
     reports: list[PartitionReport] = field(default_factory=list)  # on its partitions, by asset

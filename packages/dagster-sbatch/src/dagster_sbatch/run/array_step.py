@@ -40,7 +40,7 @@ _AGAIN = "\nRe-execute this run from failure: it runs only the tasks that have n
 
 
 class ArrayStep:
-    """The tasks of one call: what they write, what they report, and what comes of it all."""
+    """The tasks of one call: read what they write and report, store it, and return the results of the call."""
 
     def __init__(self, context: dg.OpExecutionContext, name: str, plan: Plan) -> None:
         """Find out which partitions are done.
@@ -79,7 +79,7 @@ class ArrayStep:
             with self.progress.shown():
                 yield
 
-    # What happens to a task
+    # Single tasks
 
     def reader(self, index: int) -> TaskReader:
         """Return what reads the output of a task; it exists until the task's end."""
@@ -162,7 +162,7 @@ class ArrayStep:
                     "Let only one task report it, or use a custom message of your own"
                 )
 
-    # What comes of all
+    # Results of the call
 
     def store_completed(self) -> None:
         """Materialize the partitions of tasks when they have succeeded: the step itself will not.
@@ -192,7 +192,7 @@ class ArrayStep:
                 tags = self._completed.tags(result.task, partition) | ({DATA_VERSION_TAG: version} if version else {})
                 stored = {**self.where, **metadata}
                 self._context.log_event(dg.AssetMaterialization(key, metadata=stored, partition=partition, tags=tags))
-        except Exception as error:  # noqa: BLE001 - of whatever database it is
+        except Exception as error:  # noqa: BLE001 - each database has errors of its own
             self._log.error(f"Dagster could not store the result of task {result.task.label}: {error}")
 
     def complete(self) -> dg.PipesClientCompletedInvocation:

@@ -15,13 +15,13 @@ INPUTS_TAG = "dagster_sbatch/inputs"
 
 
 class CompletedPartitions:
-    """What is stored of the tasks' partitions, and was computed from the data that a task would read now.
+    """The partitions of the tasks that Dagster has stored, if they were computed from the data that a task reads now.
 
-    The end of the step stores them once more, and for Dagster they are made of the newest data then.
+    At its end, the step stores them again. From then on, Dagster counts them as computed from the newest data.
     """
 
     def __init__(self, step: dg.OpExecutionContext, tasks: Sequence[Task]) -> None:
-        """Ask Dagster what it has stored; nothing counts of tasks without partitions."""
+        """Ask Dagster what it has stored; tasks without partitions have nothing that counts."""
         self.tasks, by_partition = with_versions(step, tasks), any(task.partitions for task in tasks)
         self._inputs = digest_of(inputs_of_step(step, by_partition=True)) if by_partition else ""
         self.stores_early = _stores_early(step)  # whether a partition is stored as soon as its task has succeeded

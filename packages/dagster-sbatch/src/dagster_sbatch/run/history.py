@@ -251,7 +251,7 @@ def _job_tag(step: str) -> str:
 def _tag(context: dg.OpExecutionContext, tags: dict[str, str]) -> None:
     try:
         add_tags(context.instance, context.run_id, tags)
-    except Exception as error:  # noqa: BLE001 - of whatever database it is; a job must not be lost for a tag
+    except Exception as error:  # noqa: BLE001 - each database has errors of its own; a job must not be lost for a tag
         StepLog(context).warning(f"The run could not be tagged with {tags}: {error}")
 
 

@@ -84,7 +84,7 @@ def handled_stops(handle: Callable[[int], None]) -> Iterator[None]:
 
 def _check_run(context: dg.OpExecutionContext, stop: threading.Event) -> None:
     """Set `stop` if Dagster counts the run as terminated or ended. Other threads than the main one get no signal."""
-    with suppress(Exception):  # of whatever database it is; it is asked again
+    with suppress(Exception):  # each database has errors of its own; it is asked again
         run = context.instance.get_run_by_id(context.run_id)
         if run is None or run.is_finished or run.status in _TERMINATED:
             stop.set()
@@ -105,7 +105,7 @@ def read_interruption(context: dg.OpExecutionContext) -> Literal["terminated", "
         try:
             run = context.instance.get_run_by_id(context.run_id)
             break
-        except Exception:  # noqa: BLE001 - of whatever database it is
+        except Exception:  # noqa: BLE001 - each database has errors of its own
             if time.monotonic() > until:
                 return "stopped"
             time.sleep(SIGNAL_SECONDS)
@@ -142,7 +142,7 @@ def cancel_jobs(
     return texts, left, "\n".join(filter(None, errors))
 
 
-def describe_left(left: Mapping[str, str | None], error: str | None) -> str:
+def describe_uncancelled(left: Mapping[str, str | None], error: str | None) -> str:
     """Return what to do about jobs that could not be cancelled; `left`: by run directory."""
     names = [job or run.rpartition("/")[2] for run, job in left.items()]
     commands = "\n".join(f"  scripts/job {name} cancel" for name in names)

@@ -37,7 +37,7 @@ class Ended:
 
     exit_code: int  # of its process; negative is the number of the signal that ended it
     seconds: float  # its run time; 0 if that is not known
-    cause: str = ""  # why it failed, if something beside the workload knows more than its exit code; else empty
+    cause: str = ""  # why it failed, if its launcher or its container has recorded that; else empty
 
 
 class LocalProcess:

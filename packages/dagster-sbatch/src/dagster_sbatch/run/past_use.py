@@ -68,7 +68,7 @@ def proposal_metadata(step: dg.OpExecutionContext, plan: Plan, uses: Sequence[Us
         return {}
     try:
         past = past_uses(step.instance, step.selected_asset_keys)
-    except Exception as error:  # noqa: BLE001 - of whatever database it is; the run has succeeded
+    except Exception as error:  # noqa: BLE001 - each database has errors of its own; the run has succeeded
         StepLog(step).warning(f"Dagster's history could not be read, so there is no proposal: {error}")
         return {}
     found = propose(plan.request, plan.allocation, [*uses, *past])

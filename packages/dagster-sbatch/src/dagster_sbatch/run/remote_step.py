@@ -25,7 +25,7 @@ from dagster_sbatch.run.directory import CHECKS, RunInfo, RunPaths, files_of_com
 from dagster_sbatch.run.failures import failure
 from dagster_sbatch.run.family import Family
 from dagster_sbatch.run.history import earlier_job, key_in, tag_job
-from dagster_sbatch.run.interrupts import cancel_jobs, describe_left, read_interruption, run_interruptibly
+from dagster_sbatch.run.interrupts import cancel_jobs, describe_uncancelled, read_interruption, run_interruptibly
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.reports import StepLog, report_reachable, show_on_terminal
 from dagster_sbatch.run.results import declared_checks, partitions_of
@@ -90,7 +90,7 @@ class RemoteStep(ABC):
         """Submit or adopt, follow to the end, and return the results."""
 
     def _keep_completed(self) -> None:  # noqa: B027 - of a single job, nothing is complete before it is over
-        """Store what is complete: its jobs are cancelled, or their run directory is gone. It must not take long."""
+        """Store what is complete, quickly: the jobs are cancelled next, or their run directory was removed."""
 
     def _work(self, stop: threading.Event) -> dg.PipesClientCompletedInvocation:
         settings = self._settings
@@ -239,7 +239,7 @@ class RemoteStep(ABC):
         jobs = ", ".join(job or "(just submitted)" for job in self._runs.values())
         show_on_terminal(f"{self._asset}: cancelling Slurm job {jobs} ...")
         texts, left, error = cancel_jobs(self._gateway, self._runs, CANCEL_SECONDS[interruption])
-        text = "\n".join([*texts, *([describe_left(left, error or self._trouble)] if left else [])])
+        text = "\n".join([*texts, *([describe_uncancelled(left, error or self._trouble)] if left else [])])
         show_on_terminal(f"{self._asset}: {text}")
         ended = text if left else f"Terminated. {text}"
         (self._log.error if left else self._log.info)(ended)

@@ -28,7 +28,7 @@ class StepLog:
 def _write(write: Callable[[str], None], text: str) -> None:
     try:
         write(text)
-    except Exception as error:  # noqa: BLE001 - of whatever database it is
+    except Exception as error:  # noqa: BLE001 - each database has errors of its own
         with suppress(OSError):
             print(f"{text}\n(Dagster could not store this line: {error})", file=sys.stderr, flush=True)
 

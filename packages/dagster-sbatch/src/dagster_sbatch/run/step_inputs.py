@@ -1,4 +1,4 @@
-"""What decides the result of a step beside what its asset passes to `compute.run`: as Dagster knows it."""
+"""Inputs that decide the result of a step: those that Dagster knows. The asset passes the others to `compute.run`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -75,7 +75,7 @@ def _upstream_versions(step: dg.OpExecutionContext, *, by_partition: bool) -> di
 
 
 def with_versions(step: dg.OpExecutionContext, tasks: Sequence[Task]) -> tuple[Task, ...]:
-    """Return the tasks of an array with the versions of the data that each reads beside what all of them read.
+    """Return the tasks of an array, each with the versions of the data that only this task reads.
 
     These are the partitions with its own keys, of assets that have the same partitions.
     """

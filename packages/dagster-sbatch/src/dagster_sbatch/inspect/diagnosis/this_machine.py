@@ -36,7 +36,7 @@ def check_dagster_home(facts: Facts) -> Finding:
     is_own = not home or Path(home).resolve() == facts.project.root
     try:
         facts.instance = instance = facts.until_the_end.enter_context(facts.open_instance())
-    except Exception as error:  # noqa: BLE001 - of whatever file and database it is
+    except Exception as error:  # noqa: BLE001 - each file and database has errors of its own
         found = f"DAGSTER_HOME={home} cannot be used: {describe_instance_error(error)}"
         return broken(found, f"correct {own}, or what it names" if is_own else fix)
     if is_own:

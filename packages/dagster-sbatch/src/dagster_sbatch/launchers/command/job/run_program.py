@@ -103,9 +103,9 @@ def prepare_environment(folder: Path) -> None:
         os.environ.pop(name, None)
 
 
-def link_files(beside: Path) -> None:
-    """Let a batch script find what is beside it in its working directory, where it may write."""
-    for path in beside.iterdir():
+def link_files(folder: Path) -> None:
+    """Link the files of a batch script's folder into the working directory, where the script may write."""
+    for path in folder.iterdir():
         with suppress(FileExistsError):  # the job was requeued
             Path(path.name).symlink_to(path)
     os.environ["SLURM_SUBMIT_DIR"] = str(Path.cwd())
@@ -162,7 +162,7 @@ def _explain_other_machine(head: bytes) -> str:
 
 
 def _explain_first_line(words: list[str], error: OSError) -> str:
-    """Return what the first line of a script asks for in vain, and what to do."""
+    """Return which program of a script's first line is missing or cannot run, and what to do."""
     node, interpreter = platform.node(), words[0]
     if error.errno == errno.ENOENT and Path(interpreter).exists() and words[1:]:
         return (
