@@ -38,14 +38,9 @@ def count(end: JobEnd, request: SlurmRequest) -> dict[str, float]:
     peaks = [_mebibytes(row["MaxRSS"]) for row in rows] + [read_number(end.usage, "memory_mib")]
     if most := max(filter(None, peaks), default=None):
         found["max_rss_mib"] = round(most, 1)
-    return {**found, **_count_gpus(end.usage)}
-
-
-def _count_gpus(usage: Mapping[str, Any]) -> dict[str, float]:
-    found: dict[str, float] = {}
-    if (percent := read_number(usage, "gpu_percent")) is not None:
+    if (percent := read_number(end.usage, "gpu_percent")) is not None:
         found["gpu_utilization"] = round(percent / 100, 4)
-    if (memory := read_number(usage, "gpu_memory_mib")) is not None:
+    if (memory := read_number(end.usage, "gpu_memory_mib")) is not None:
         found["gpu_memory_max_mib"] = memory
     return found
 
