@@ -203,11 +203,11 @@ def show_table(found: list[RunRecord], runs: Runs, now: bool) -> None:
     counts = {} if now else runs.task_counts(found)
     rows = []
     for run in found:
-        heard = f"{run.heard.astimezone():%m-%d %H:%M:%S}"
+        changed = f"{run.changed.astimezone():%m-%d %H:%M:%S}"
         asset = f"{run.about.asset} {run.about.partitions}".strip()
         count = counts.get(run.path)
         shown = count_tasks(count) if count and run.job and not now else state(run, runs, now)
-        rows.append((run.job or "-", shown, asset, run.followers[-1][:8], heard))
+        rows.append((run.job or "-", shown, asset, run.followers[-1][:8], changed))
     if found:
         print_table(("job", "state", "asset", "Dagster run", "last change"), rows, folded=("state", "asset"))
     else:

@@ -24,7 +24,7 @@ UNITS = {GPU: "GPU-hours", "node": "node-hours", "cpu": "CPU-hours"}
 """Units by resource of Slurm; another resource has `<resource>-hours`."""
 PACE_DAYS = 14  # the pace of a project is what it used per day in this many days
 OWNERS = "SLURM_BUDGET_GPU_HOURS"
-UNSEEN = "waiting jobs of others are not known"  # beside the hours of waiting jobs, where the usage lacks some
+UNSEEN = "waiting jobs of others are not known"  # follows the hours of waiting jobs, if the usage lacks some of these
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def check_budget(
 ) -> None:
     """Refuse new jobs that could cost more than the project has left; what is not known refuses nothing.
 
-    Call it when nothing else has to be done before they are submitted: other calls of the user wait until then.
+    Call it last before the submission: other calls of the user wait until these jobs are submitted.
 
     `gateway`: its agent asks Slurm what is left, if the deployment keeps within that.
     Raises ConfigurationError: they could.

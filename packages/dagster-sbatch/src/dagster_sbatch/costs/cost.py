@@ -52,8 +52,8 @@ def add(hours: Iterable[float | None]) -> float | None:
 def show_hours(hours: float | None, unit: str = "", *, beside: Sequence[float | None] = ()) -> str:
     """Return hours as text: as a whole number, or with two digits after the point; `?` if they are not known.
 
-    `unit`: what follows it, in the plural: `GPU-hours`. `beside`: numbers that a reader compares it with. It has up to
-    six digits after the point if it would otherwise read like one of them, or like 0, and is another number.
+    `unit`: what follows it, in the plural: `GPU-hours`. `beside`: numbers that a reader compares it with. If two digits
+    would show it like one of these or like 0, and it is another number, it has up to six.
     """
     if hours is None:
         return f"? {unit}".rstrip()

@@ -30,7 +30,7 @@ class RunRecord:
     job: str | None  # its Slurm id; None if sbatch has not answered, or refused
     about: RunInfo  # the Dagster run that it belongs to
     end: JobEnd | None  # how the job ended; None if it has not, or if nobody has asked Slurm since
-    heard: datetime  # when the run directory last changed: created, job started, job ended
+    changed: datetime  # when the run directory last changed: created, job started, job ended
     followers: tuple[str, ...] = ()  # ids of the Dagster runs that submitted or adopted it, in that order
     array: bool = False  # whether it is an array job
 
@@ -48,8 +48,8 @@ class RunRecord:
     def parse(cls, row: Mapping[str, Any]) -> "RunRecord":
         """Return the record for an entry of the agent's list."""
         end = JobEnd.parse(row["end"]) if row["end"] else None
-        about, heard = RunInfo.parse(row["about"]), datetime.fromtimestamp(row["at"], UTC)
-        return cls(row["run"], row["job"], about, end, heard, tuple(row["followers"] or [about.run]), row["array"])
+        about, changed = RunInfo.parse(row["about"]), datetime.fromtimestamp(row["at"], UTC)
+        return cls(row["run"], row["job"], about, end, changed, tuple(row["followers"] or [about.run]), row["array"])
 
 
 class Runs:
@@ -61,7 +61,7 @@ class Runs:
 
     def all(self) -> list[RunRecord]:
         """Return every run, by the time of its last change."""
-        return sorted(map(RunRecord.parse, self.gateway.runs(self.folder)), key=lambda run: run.heard)
+        return sorted(map(RunRecord.parse, self.gateway.runs(self.folder)), key=lambda run: run.changed)
 
     def find(self, name: str) -> list[RunRecord]:
         """Return the runs of that name: a Slurm job id, the beginning of a Dagster run id, or a submission key.
@@ -110,7 +110,7 @@ class Runs:
         return {
             run.about.environment
             for run in self.all()
-            if run.job in queue["jobs"] or (run.end is None and run.heard > lately)
+            if run.job in queue["jobs"] or (run.end is None and run.changed > lately)
         }
 
 

@@ -20,17 +20,17 @@ _ENGINE = __name__.partition(".")[0]
 _installed = cache(packages_distributions)  # names of distributions by module, on this machine
 _IGNORED = "git ignores it, and only what git tracks is sent. Add it with `git add --force`, or "
 _HIDEABLE = {*sys.stdlib_module_names, "dagster_pipes"} - {*sys.builtin_module_names, "test"}
-"""Modules that programs and packages import, and that a file of the same name in the code root takes the place of."""
+"""Modules that a file of the same name in the code root hides from the programs and packages that import them."""
 _CAUGHT = {"ImportError", "ModuleNotFoundError", "Exception", "BaseException"}
 
 
 def find_missing(workload: Workload, project: Project, lock: Path | None) -> list[str]:
-    """Return the imports of a workload, and of the modules in its code root that it imports, which fail there.
+    """Return what fails on the supercomputer: in a workload, and in the modules of its code root that it imports.
 
-    Files beside these that git ignores are included, if a text in the code is the name of one.
-    Imports that the code expects to fail (`try: ... except ImportError`) and those for type checkers are not included.
-    Modules in the code root that git ignores are, relative imports of a program, which fail everywhere, and a program
-    that is a link, which imports other modules there.
+    - Imports, except those that the code expects to fail (`try: ... except ImportError`) or that are for type checkers.
+    - Modules that git ignores, and files that git ignores if a text in the code is the name of one.
+    - Relative imports of a program, which fail everywhere.
+    - A program that is a link: it imports other modules there.
 
     `lock`: the lock file of the packages there; None: they are not known (an image, a named interpreter).
     Returns for each: where it is, why it fails, and what to do.

@@ -23,7 +23,7 @@ from dagster_sbatch.run_launcher import fork_server
 ANSWER_SECONDS = 100.0
 """Within which a fork server answers, the time to start it included. Dagster gives a run 180 s to start."""
 ATTEMPTS = 3  # at an answer: a server may have ended, or have retired because of new code, between two requests
-UNFIT_SECONDS = 300.0  # for which no server is started again after one that could not fork for a reason of its own
+UNFIT_SECONDS = 300.0  # before a server is started again, after one that could never fork
 SUFFIX = ".socket"
 PROC = Path("/proc")
 KILL_SECONDS = 5.0

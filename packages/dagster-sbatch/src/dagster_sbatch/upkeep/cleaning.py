@@ -35,10 +35,10 @@ def make_cleaning_sensor(project: Project) -> dg.SensorDefinition:
         try:
             with open_runs(settings, project, TICK_SECONDS) as runs:
                 found, list_tasks = runs.all(), partial(TaskList, runs)
-                old = (run for run in found if is_obsolete(context.instance, run, now - run.heard, list_tasks))
+                old = (run for run in found if is_obsolete(context.instance, run, now - run.changed, list_tasks))
                 removed = runs.gateway.clean(runs.folder, [run.key for run in old])
                 for run in found:
-                    if run.end is None and now - run.heard > timedelta(days=KEEP_DAYS):
+                    if run.end is None and now - run.changed > timedelta(days=KEEP_DAYS):
                         runs.gateway.state(run.path)  # it records an end that nobody has asked for, for the next tick
         except NO_ACCESS as error:
             return dg.SkipReason(str(error))
