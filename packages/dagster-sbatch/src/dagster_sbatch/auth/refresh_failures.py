@@ -36,14 +36,14 @@ class Failing:
         return pause_end(self.last, self.count)
 
     def again(self) -> AccessError:
-        """Return an error for a caller that does not retry now."""
+        """Return the last error once more, for a caller that must not retry now."""
         kind = UnavailableError if self.temporary else RejectedError
         return kind(
             f"{self.error}\nThat was at {clock.written(self.last)}. To retry now:\n  scripts/refresh_step_auth.py"
         )
 
     def counts_for(self, call: datetime, now: datetime) -> bool:
-        """Return whether a call without a certificate fails without a try: others have just tried."""
+        """Return whether a call without a certificate fails at once, because another process has just tried."""
         return call - _pause_after(self.count) / SHORTER_WITHOUT_CERTIFICATE <= self.last <= now
 
 

@@ -1,4 +1,4 @@
-"""The wheels in a project's `vendor/` folder: how they are got, named in the project's files, and read."""
+"""Wheels in a project's `vendor/` folder: build or download them, read them, name them in the project's files."""
 
 import hashlib
 import re

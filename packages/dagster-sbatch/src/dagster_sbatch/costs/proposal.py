@@ -1,4 +1,4 @@
-"""What would be enough for an asset: another request, from what its last successful jobs have used. Pure."""
+"""Propose another request for an asset, from what its last successful jobs have used. Pure functions."""
 
 import json
 import math

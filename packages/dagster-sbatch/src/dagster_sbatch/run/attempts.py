@@ -18,7 +18,7 @@ from dagster_sbatch.slurm.request import COST_LIMITS, Fault
 
 ATTEMPTS = "attempts"  # key of a record, and name of the metadata
 CHANGED = "changed_request"  # key of a record
-_OF_RUN = ("retries", *COST_LIMITS)  # fields that Slurm does not see: those of the run apply, whatever job it follows
+_OF_RUN = ("retries", *COST_LIMITS)  # fields that Slurm does not see: a run uses its own, for all jobs it follows
 _COSTS = ("elapsed_seconds", "node_hours", "gpu_hours")
 
 
@@ -33,7 +33,7 @@ class AttemptRecord:
 
     @classmethod
     def parse(cls, document: Mapping[str, Any]) -> "AttemptRecord":
-        """Take what this version knows of a record, which another version may have written."""
+        """Read the fields that are known here: another version of the engine may have written the record."""
         texts = {name: str(document.get(name) or "") for name in ("job", "end")}
         return cls(**texts, request=document.get("request") or {}, costs=document.get("costs") or {})
 

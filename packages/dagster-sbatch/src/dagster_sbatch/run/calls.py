@@ -17,9 +17,10 @@ LONGEST_NAME = 40  # characters of a step's key in the names of its jobs
 
 @dataclass(frozen=True)
 class StepName:
-    """A step of a run, by which it is found in another one: there, Dagster may have given its op another number.
+    """What identifies a step in all runs of its job.
 
-    It numbers the ops of the parts into which it divides a multi-asset, and these are others if a run selects others.
+    Dagster divides a multi-asset into ops by the assets that a run selects, and numbers them. So the number in the key
+    of a step may differ between runs.
     """
 
     key: str  # Dagster's key of the step: the path of its op, and the mapping key of a dynamic output
@@ -50,8 +51,7 @@ class Call:
     """One call of `compute.run`."""
 
     step: "StepCalls"  # all calls of its step
-    # First part of the submission keys of its attempts. Calls that are equal in everything have different ones; which
-    # call has which does not matter
+    # First part of the submission keys of its attempts. Equal calls have different families; the order does not matter
     family: str
     number: int  # how many calls of the step began before it
 

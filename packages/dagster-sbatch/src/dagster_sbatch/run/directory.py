@@ -27,7 +27,7 @@ class RunInfo:
 
     @classmethod
     def parse(cls, document: Mapping[str, Any]) -> "RunInfo":
-        """Take what this version knows of a file, which another version may have written."""
+        """Read the fields that are known here: another version of the engine may have written the file."""
         return cls(**{field.name: document.get(field.name, "") for field in fields(cls)})
 
     @property

@@ -21,7 +21,7 @@ _RESUMED = ("dagster/is_resume_retry", "dagster/is_asset_resume_retry")
 _DATA_VERSION, _IS_REPORTED = "dagster/data_version", "dagster/data_version_is_user_provided"
 CODE_VERSION = "dagster/code_version"
 """Tags of a materialization; the last one, if the end of a step has made it."""
-_CHECKED = "DagsterAssetCheckFailedError"  # that ends a step if a blocking check has failed; all is stored by then
+_CHECKED = "DagsterAssetCheckFailedError"  # ends a step after a failed blocking check; all results are stored by then
 MOST_PARTITIONS = 10_000  # that Dagster's storage is asked for at once
 _MOST_OBSERVATIONS = 100  # the latest ones, among which one with a data version is searched
 Stored = tuple[int, dg.AssetMaterialization]  # a materialization, and before it the storage id of its event

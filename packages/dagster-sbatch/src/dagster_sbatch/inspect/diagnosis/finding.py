@@ -1,4 +1,4 @@
-"""What a check returns, and what the checks before it have found out."""
+"""The result of a check, and the facts that a check leaves for those after it."""
 
 from collections.abc import Callable
 from contextlib import ExitStack

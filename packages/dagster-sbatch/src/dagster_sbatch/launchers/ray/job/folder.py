@@ -11,7 +11,7 @@ from pathlib import Path
 from job_cluster import NodeError
 
 _PREFIX = "r-"
-_MARK = "job"  # file in the folder with the job and the node: a requeued job finds what its earlier run has left there
+_MARK = "job"  # file that names job and node, so that a requeued job finds the folders of its earlier run
 FILE_BYTES, ALL_BYTES = 10 << 20, 100 << 20
 """Limits of one log, and of all logs of a node: the time for packing and the user's quota are short."""
 
