@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dagster_sbatch.commands import project_copy
-from dagster_sbatch.commands.project_copy import Names, Template, convert
+from dagster_sbatch.commands.project_copy import Template, convert
 from dagster_sbatch.errors import ConfigurationError
 from support.new_project import run_in
 
@@ -49,7 +49,7 @@ def small_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def become_a_project(root: Path) -> None:
-    convert(Template(root, ()), Names("climate", "climate"), "musica", lambda _: None)
+    convert(Template(root, ()), "climate", "musica", lambda _: None)
 
 
 @pytest.mark.parametrize("name", ["README.md", "old.txt", "new.txt", "new.log"])

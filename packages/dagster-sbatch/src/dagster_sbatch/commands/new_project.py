@@ -62,17 +62,18 @@ def main(project: Project, left_out: Sequence[str]) -> int:
     name = root.name if in_place else path.name
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     interrupt_once()
-    template = project_copy.Template(root, left_out)
-    names = project_copy.Names(name.replace("-", "_"), name.replace("_", "-"))
+    template, project_name = project_copy.Template(root, left_out), name.replace("_", "-")
     try:
         problems = find_problems(project, name, target, asked.site, in_place=in_place)
         if problems:
             console.print("\n".join(f"- {problem}" for problem in problems))
             return 1
         if in_place:
-            project_copy.convert(template, names, asked.site, lambda text: console.print(f"{text} ..."))
+            project_copy.convert(template, project_name, asked.site, lambda text: console.print(f"{text} ..."))
         else:
-            project_copy.make_copy(template, target, names, asked.site, lambda text: console.print(f"{text} ..."))
+            project_copy.make_copy(
+                template, target, project_name, asked.site, lambda text: console.print(f"{text} ...")
+            )
     except ConfigurationError as error:
         console.print(f"{error}\nNothing was made.")
         return 1

@@ -34,14 +34,6 @@ class Template:
     left_out: Sequence[str]  # patterns of the paths that a copy does not have (fnmatch); SKELETON replaces them
 
 
-@dataclass(frozen=True)
-class Names:
-    """What a copy is called."""
-
-    package: str  # what Python imports, for instance `climate_runs`
-    project: str  # what pip and pixi say, for instance `climate-runs`
-
-
 def git(folder: Path, *arguments: str) -> str:
     """Run git in a folder, without hooks, whatever repository this process was started in; return what it printed.
 
@@ -71,19 +63,20 @@ def tracked(root: Path) -> list[str]:
     return paths
 
 
-def make_copy(template: Template, target: Path, names: Names, site: str, report: Callable[[str], None]) -> None:
+def make_copy(template: Template, target: Path, project: str, site: str, report: Callable[[str], None]) -> None:
     """Make the project. A failure and an interrupt leave nothing.
 
-    `target`: a folder that does not exist yet. `site`: `envs/.env.<site>` starts from its example.
+    `target`: a folder that does not exist yet. `project`: what pip calls it, for instance `climate-runs`; then
+    Python imports it as `climate_runs`. `site`: `envs/.env.<site>` starts from its example.
     Raises ConfigurationError: something failed.
     """
     with _whole_or_not_at_all(target) as folder:
-        _make(template, folder, names, report)
+        _make(template, folder, project, report)
         _begin_history(folder)
         begin_settings(folder, site)
 
 
-def convert(template: Template, names: Names, site: str, report: Callable[[str], None]) -> None:
+def convert(template: Template, project: str, site: str, report: Callable[[str], None]) -> None:
     """Turn a clone of the template into the project, in one commit on its current branch.
 
     The commit is made first, from a copy elsewhere. Then git exchanges the files, unless that would change one that is
@@ -103,7 +96,7 @@ def convert(template: Template, names: Names, site: str, report: Callable[[str],
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "copy"
             folder.mkdir()
-            _make(template, folder, names, report)
+            _make(template, folder, project, report)
             _begin_history(folder)
             git(root, "fetch", "--quiet", str(folder), "HEAD")
     except OSError as error:
@@ -152,25 +145,25 @@ def _whole_or_not_at_all(target: Path) -> Iterator[Path]:
         shutil.rmtree(made, ignore_errors=True)
 
 
-def _make(template: Template, folder: Path, names: Names, report: Callable[[str], None]) -> None:
+def _make(template: Template, folder: Path, project: str, report: Callable[[str], None]) -> None:
     """Write all files of the project into an empty folder."""
     report("copying the files of the template")
-    _write_files(template, folder, names)
+    _write_files(template, folder, project)
     report("building the wheels of the engine")
     (folder / "vendor").mkdir()
     wheels = {name: build_wheel(template.root / "packages" / name, folder / "vendor") for name in PACKAGES}
     report("locking the dependencies")
     for path in (folder / name for name in SOURCES):
         write_text(path, rename_wheels(read_text(path), wheels))
-    _write_locks(template.root, folder, names, wheels)
+    _write_locks(template.root, folder, project, wheels)
     # Other names sort differently.
     _run(folder, "ruff", "check", "--fix", "--select", "I001", "--quiet", "--no-cache", ".")
     _run(folder, "ruff", "format", "--quiet", "--no-cache", ".")
 
 
-def _write_files(template: Template, folder: Path, names: Names) -> None:
+def _write_files(template: Template, folder: Path, project: str) -> None:
     root, paths = template.root, tracked(template.root)
-    words = {OLD_PACKAGE: names.package, OLD_PROJECT: names.project}
+    words = {OLD_PACKAGE: project.replace("-", "_"), OLD_PROJECT: project}
     for path in paths:
         if not any(fnmatch.fnmatch(path, pattern) for pattern in template.left_out):
             _write_file(root / path, folder / _rename(path, words), words)
@@ -195,7 +188,7 @@ def _rename(text: str, words: Mapping[str, str]) -> str:
     return text
 
 
-def _write_locks(root: Path, folder: Path, names: Names, wheels: Mapping[str, Wheel]) -> None:
+def _write_locks(root: Path, folder: Path, project: str, wheels: Mapping[str, Wheel]) -> None:
     """Lock the versions of the template, less those that only its other requirements need."""
     gone = find_requirements(root) - find_requirements(folder)
     (folder / "requirements").mkdir(exist_ok=True)
@@ -205,7 +198,7 @@ def _write_locks(root: Path, folder: Path, names: Names, wheels: Mapping[str, Wh
             by = (f"{OLD_PROJECT} {lock.DIRECT})",)
             entries += [lock.Entry(each, f"{wheel.requirement}\n", by) for each, wheel in wheels.items()]
             entries.sort(key=lambda each: each.name)
-        text = lock.render(lock.without(entries, gone), OLD_PROJECT, names.project)
+        text = lock.render(lock.without(entries, gone), OLD_PROJECT, project)
         write_text(folder / "requirements" / name, text)
 
 
