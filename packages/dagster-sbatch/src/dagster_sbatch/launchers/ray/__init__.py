@@ -105,15 +105,11 @@ class RayLauncher(Launcher):
 
     def files(self, request: SlurmRequest) -> dict[str, str]:  # noqa: D102 - see Launcher
         settings = {
+            **self.model_dump(exclude={"container", "pre_start_commands"}),
+            "object_store_memory": self.object_store_memory and parse_memory(self.object_store_memory) * 1024,
             "nodes": request.nodes,
             "cpus": request.cpus_per_task or 1,
             "gpus": request.gpus_per_node,
-            "ray_start_args": self.ray_start_args,
-            "object_store_memory": self.object_store_memory and parse_memory(self.object_store_memory) * 1024,
-            "startup_time_limit": self.startup_time_limit,
-            "network_interface": self.network_interface,
-            "temp_dir": self.temp_dir,
-            "collect_logs": self.collect_logs,
         }
         return {**_FILES, "ray/settings.json": json.dumps(settings, indent=1)}
 
