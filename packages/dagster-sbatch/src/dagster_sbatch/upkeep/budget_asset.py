@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -175,8 +175,6 @@ def _rows(entries: Sequence[Entry]) -> list[dict[str, Any]]:
     dimensions: list[Dimension] = ["week", "asset", "project", "user"]
     rows: list[dict[str, Any]] = []
     for values, used in sum_by(entries, dimensions):
-        hours = {"node_hours": used.node_hours, "gpu_hours": used.gpu_hours, "tokens": used.tokens}
-        known = {name: round(number, 4) for name, number in hours.items() if number is not None}
-        named: dict[str, str] = dict(zip(dimensions, values, strict=True))
-        rows.append({**named, "jobs": used.jobs, **known})
+        known = {name: round(number, 4) for name, number in asdict(used).items() if number is not None}
+        rows.append({**dict[str, str](zip(dimensions, values, strict=True)), **known})
     return sorted(rows, key=lambda row: str(row["week"]), reverse=True)
