@@ -172,14 +172,31 @@ def test_output_is_utf_8_whatever_the_locale_is(tmp_path: Path) -> None:
     assert path.read_text(encoding="utf-8") == "before \u2713 caf\u00e9\n\ufffd\n"
 
 
-def test_a_full_disk_is_reported_once_and_the_last_lines_are_known_all_the_same() -> None:
-    errors: list[Exception] = []
-    with open("/dev/full", "w") as target:  # noqa: PTH123
-        output = Output(target, errors.append)
-        output.feed(b"first\n")
-        output.feed(b"second\n")
-    assert [str(error) for error in errors] == ["[Errno 28] No space left on device"]
-    assert output.tail == "first\nsecond"
+@pytest.mark.parametrize("database", ["on the full disk, too", "elsewhere"])
+def test_a_full_disk_is_reported_once_and_the_last_lines_are_known_all_the_same(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, full = dg.DagsterInstance.handle_new_event, open("/dev/full", "w")  # noqa: PTH123, SIM115
+    text = "The step's stdout cannot be written ([Errno 28] No space left on device). Lines of the workload are missing"
+
+    def refuse(*arguments: Any, **names: Any) -> Any:
+        if database != "elsewhere" and not full.closed:
+            raise OSError(28, "No space left on device")
+        return store(*arguments, **names)
+
+    @dg.op
+    def write(context: dg.OpExecutionContext) -> None:
+        with monkeypatch.context() as patched, open_session(context, {}) as session:
+            patched.setattr(dg.DagsterInstance, "handle_new_event", refuse)
+            session.stdout._target = full
+            session.stdout.feed(b"first\n")
+            session.stdout.feed(b"second\n")
+            full.close()
+            assert session.stdout.tail == "first\nsecond"
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        result = dg.GraphDefinition(name="writes", node_defs=[write]).to_job().execute_in_process(instance=instance)
+        assert [each.user_message.startswith(text) for each in instance.all_logs(result.run_id)].count(True) == 1
 
 
 def test_output_to_what_is_no_file() -> None:

@@ -198,7 +198,7 @@ ANSWER_SECONDS = 40.0
 
 
 def check_budget(
-    gateway: Gateway, allocation: Allocation, settings: Settings, warn: Callable[[str], None], tasks: int
+    gateway: Gateway, allocation: Allocation, settings: Settings, warn: Callable[[str], object], tasks: int
 ) -> None:
     """Refuse new jobs that could cost more than the project has left; what is not known refuses nothing.
 

@@ -117,7 +117,7 @@ def make_spec(project: Project, settings: Settings, code: Code, group: str | Non
 class Progress:
     """Shows the user how far it is: here, as lines of a log."""
 
-    def __init__(self, log: Callable[[str], None]) -> None:
+    def __init__(self, log: Callable[[str], object]) -> None:
         self._log = log
         self._first: tuple[float, int] | None = None
         self._logged = 0.0

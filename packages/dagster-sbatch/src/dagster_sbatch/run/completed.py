@@ -55,7 +55,7 @@ class CompletedPartitions:
         """Return the tags of the materialization of a partition, by which a later run knows its inputs."""
         return {INPUTS_TAG: digest_of([self._inputs, list(task.reads.get(partition, ()))])}
 
-    def report(self, log: Callable[[str], None]) -> None:
+    def report(self, log: Callable[[str], object]) -> None:
         """Log how many partitions are skipped, and how many are not although they are stored."""
         if self.stored:
             log(f"This run skips {count_of(len(self.stored), 'partition')} that earlier runs have completed.")

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TextIO
 
 import dagster as dg
@@ -69,34 +70,26 @@ class Lines(ABC):
 
 
 class Output(Lines):
-    """Writes one stream of the workload to the step's own."""
+    """Writes one stream of the workload to the step's own; None where that is closed, as Python has it."""
 
     def __init__(self, target: TextIO | None, on_error: Callable[[Exception], None]) -> None:
-        """Nothing is written yet.
-
-        `target`: the step's stdout or stderr; None where that is closed, as Python has it. `on_error`: called once, if
-        the target cannot be written to; the workload continues.
-        """
+        """`on_error` is called each time that the target cannot be written to; the workload continues."""
         super().__init__()
-        self._target = target
-        self._on_error: Callable[[Exception], None] | None = on_error
+        self._target, self._on_error = target, on_error
 
     def show(self, text: str) -> None:  # noqa: D102 - see Lines
         try:
             if self._target:
                 self._write(self._target, text)
         except (OSError, ValueError) as error:  # ValueError: it was closed meanwhile
-            if self._on_error:
-                self._on_error(error)
-                self._on_error = None
+            self._on_error(error)
 
     @staticmethod
     def _write(target: TextIO, text: str) -> None:
         """Write UTF-8 in any locale, past the buffer: it would keep what a full disk refuses."""
         number = _file_of(target)
         if number is None:
-            target.write(text)
-            target.flush()
+            print(text, end="", file=target, flush=True)
             return
         target.flush()
         data = text.encode(errors="replace")  # half of a surrogate pair
@@ -145,19 +138,22 @@ class Session(Streams):
 @contextmanager
 def open_session(context: dg.OpExecutionContext, extras: Mapping[str, Any], folder: str = ".") -> Iterator[Session]:
     """Open a Pipes session; `folder`: the run directory of the workload."""
-    log = StepLog(context)
+    log, warned = StepLog(context), dict[str, bool]()  # warnings, and whether Dagster has stored them
 
-    def write_to(target: TextIO | None, name: str) -> Output:
-        def warn(error: Exception) -> None:
-            log.warning(f"The step's {name} cannot be written ({error}). Lines of the workload are missing there.")
-
-        return Output(target, warn)
+    def warn(name: str, error: Exception) -> None:
+        text = f"The step's {name} cannot be written ({error}). Lines of the workload are missing there."
+        if text not in warned:
+            warned[text] = log.warning(text)
 
     opened = dg.open_pipes_session(context, dg.PipesEnvContextInjector(), UNREAD, extras=dict(extras))
     with _without_advice(context.log), opened as pipes:
         messages = Messages(f"{folder}/{MESSAGES}", pipes.message_handler.handle_message)
-        output = write_to(sys.stdout, "stdout"), write_to(sys.stderr, "stderr")
-        yield Session(pipes, json.dumps(pipes.context_data), messages, *output)
+        output = Output(sys.stdout, partial(warn, "stdout")), Output(sys.stderr, partial(warn, "stderr"))
+        try:
+            yield Session(pipes, json.dumps(pipes.context_data), messages, *output)
+        finally:
+            for text in (each for each in warned if not warned[each]):  # its database was on the full disk, too
+                log.warning(text)
 
 
 @contextmanager

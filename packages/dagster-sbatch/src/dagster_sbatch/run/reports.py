@@ -16,7 +16,7 @@ class StepLog:
     """Writes into the step's log with `info`, `warning` and `error`.
 
     Dagster raises if its database does not store a line: the disk is full, or the database is down. The job is still
-    running then, so the line is lost and the step continues.
+    running then, so the line is lost and the step continues. They return whether it is stored.
     """
 
     def __init__(self, context: dg.OpExecutionContext) -> None:
@@ -25,12 +25,14 @@ class StepLog:
         self.error = partial(_write, context.log.error)
 
 
-def _write(write: Callable[[str], None], text: str) -> None:
+def _write(write: Callable[[str], None], text: str) -> bool:
     try:
         write(text)
     except Exception as error:  # noqa: BLE001 - each database has errors of its own
         with suppress(OSError):
             print(f"{text}\n(Dagster could not store this line: {error})", file=sys.stderr, flush=True)
+        return False
+    return True
 
 
 def show_on_terminal(text: str) -> None:

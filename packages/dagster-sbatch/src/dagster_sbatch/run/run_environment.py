@@ -49,7 +49,7 @@ class RunEnvironment:
             return self._environments.request_published(self._group)
         return self._environments.request_find(self._spec)
 
-    def find(self, log: Callable[[str], None], answer: Mapping[str, Any] | None = None) -> Environment:
+    def find(self, log: Callable[[str], object], answer: Mapping[str, Any] | None = None) -> Environment:
         """Return the environment; in staging, make it if it does not exist.
 
         Of an interpreter that the asset names, production compares the code with what was published, and puts that code

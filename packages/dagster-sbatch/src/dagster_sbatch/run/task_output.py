@@ -22,7 +22,7 @@ _WARNING = re.compile(r"warning", re.IGNORECASE)
 class ArrayProgress:
     """Counts tasks, and logs the counts from a thread of its own."""
 
-    def __init__(self, total: int, done: int, log: Callable[[str], None]) -> None:
+    def __init__(self, total: int, done: int, log: Callable[[str], object]) -> None:
         self._total, self._log = total, log
         self.done, self.failed = done, 0
         self.started: set[int] = set()  # tasks that have started, and are not over
