@@ -1,8 +1,11 @@
 """Whose a job is that no run follows: cancelled only if a person terminated its run, or nobody can want it."""
 
 from datetime import UTC, datetime, timedelta
+from typing import cast
 
 import dagster as dg
+import sqlalchemy
+from dagster._core.storage.runs import SqlRunStorage
 
 from dagster_sbatch.inspect.remote_runs import RunRecord
 from dagster_sbatch.run.directory import RunInfo
@@ -85,6 +88,19 @@ def test_a_success_before_the_job_does_not_count(instance: dg.DagsterInstance) -
     first = execute(instance, work=True, other=True)
     second = execute(instance, first, work=False, other=True)
     assert reason_to_cancel(instance, record(first, second)) == ""
+
+
+def test_the_clock_was_set_back_after_the_first_run(instance: dg.DagsterInstance) -> None:
+    """Dagster has the later runs as created before it."""
+    first = execute(instance, work=False, other=True)
+    cancel(instance, first)
+    ahead = sqlalchemy.text("UPDATE runs SET create_timestamp = datetime(create_timestamp, '+10 minutes')")
+    with cast(SqlRunStorage, instance.run_storage).connect() as connection:
+        connection.execute(ahead)
+    second = execute(instance, first, work=False, other=True)
+    assert reason_to_cancel(instance, record(first, first, second)) == ""
+    execute(instance, first, work=True, other=True)
+    assert reason_to_cancel(instance, record(first, first, second)) == SUCCEEDED
 
 
 def test_a_job_of_runs_that_nobody_knows_is_kept(instance: dg.DagsterInstance) -> None:

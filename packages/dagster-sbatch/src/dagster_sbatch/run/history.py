@@ -31,7 +31,7 @@ _LOCK_SECONDS = 10.0  # for others to add their tags
 _LONGEST_TAG = 63  # characters of each half of a tag's key, for Dagster
 _LONGEST_WAIT = timedelta(days=60)  # between the creation of a run and the end of its job
 _CLOCKS = timedelta(hours=6)  # by which the clocks of this machine and of the supercomputer may differ
-_age = attrgetter("storage_id")  # of a record
+age_of = attrgetter("storage_id")  # the order of records in Dagster's database, also if the clock was set back
 
 
 def is_stored(instance: dg.DagsterInstance, runs: Iterable[str], step: StepName, before: float = inf) -> bool:
@@ -58,9 +58,9 @@ def runs_since(instance: dg.DagsterInstance, root: str, followers: Collection[st
 
     If no follower is known any more, these are all runs of the group.
     """
-    created = {each: record.create_timestamp.timestamp() for each, record in group_of(instance, root).items()}
-    last = max((created[each] for each in followers if each in created), default=0.0)
-    return {*followers, *(each for each, time in created.items() if time >= last)}
+    group = group_of(instance, root)
+    last = max((age_of(group[each]) for each in followers if each in group), default=0)
+    return {*followers, *(each for each, record in group.items() if age_of(record) >= last)}
 
 
 def find_successes(instance: dg.DagsterInstance, run_id: str, steps: set[str]) -> dict[str, str]:
@@ -85,7 +85,7 @@ def find_data_version(instance: dg.DagsterInstance, asset: dg.AssetKey, *, parti
         *instance.fetch_materializations(asset, limit=1).records,
         *instance.fetch_observations(asset, limit=_MOST_OBSERVATIONS).records,
     ]
-    newest = max((each for each in records if _data_version(each)), key=_age, default=None)
+    newest = max((each for each in records if _data_version(each)), key=age_of, default=None)
     if newest is None or partitioned:
         return newest and str(newest.storage_id)
     return _data_version(newest) if newest.partition_key is None else None
@@ -97,7 +97,7 @@ def find_data_versions(
     """Return storage id and version of the newest data of each partition: materialized, or observed with a version."""
     newest = _newest(instance.fetch_materializations, asset, partitions)
     for key, record in _newest(instance.fetch_observations, asset, partitions).items():
-        newest[key] = max(newest.get(key, record), record, key=_age)
+        newest[key] = max(newest.get(key, record), record, key=age_of)
     return {key: (record.storage_id, str(_data_version(record))) for key, record in sorted(newest.items())}
 
 

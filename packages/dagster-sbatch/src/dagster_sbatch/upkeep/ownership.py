@@ -7,7 +7,7 @@ from typing import Literal
 import dagster as dg
 
 from dagster_sbatch.inspect.remote_runs import RunRecord, Runs
-from dagster_sbatch.run.history import group_of, is_stored, runs_since
+from dagster_sbatch.run.history import age_of, group_of, is_stored, runs_since
 
 GRACE = timedelta(minutes=1)
 """Pause after the end of a run: a person or Dagster may be about to request its retry or re-execution."""
@@ -47,7 +47,7 @@ def repeat_failures(instance: dg.DagsterInstance, roots: Iterable[str]) -> None:
 
 
 def _newest(records: Iterable[dg.RunRecord]) -> dg.RunRecord:
-    return max(records, key=lambda record: record.create_timestamp)
+    return max(records, key=age_of)
 
 
 def _has_ended_within(span: timedelta, record: dg.RunRecord, now: datetime) -> bool:
