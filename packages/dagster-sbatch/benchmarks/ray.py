@@ -31,14 +31,14 @@ OVER = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")
 CPUS = 2
 ARGUMENTS = f"--num-cpus={CPUS} --object-store-memory=200000000 --disable-usage-stats"
 FIRST_TASKS = """\
-import socket, sys, time
+import pathlib, socket, sys, time
 import ray
 ray.init(address=sys.argv[1] if len(sys.argv) > 1 else None, log_to_driver=False, logging_level="ERROR")
 where = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(lambda: socket.gethostname())
 found = set()
 while len(found) < NODES:
     found |= set(ray.get([where.remote() for _ in range(2 * NODES)]))
-open("first-tasks", "w").write(str(time.time()))
+pathlib.Path(__file__).with_name("first-tasks").write_text(str(time.time()))
 """
 BEGIN = """\
 date +%s.%N >began
@@ -110,7 +110,7 @@ class Bench:
             job_name="ours",
             about={},
             environment={"PYTHON": self._python},
-            body=launcher.with_site(site.launchers).render(request, ["work.py"]),
+            body=launcher.with_site(site.launchers).render(request, ["../work.py"]),
         )
         return self._measure(nodes, {"job.sh": script, **launcher.files(request)})
 
