@@ -1,6 +1,6 @@
 """What an array job costs beside its tasks: 1,000 empty tasks by a gateway beside `sbatch --array` by hand.
 
-    .venv/bin/python -m benchmarks.arrays [--tasks 1000] [--rounds 2]
+    ../../.venv/bin/python -m benchmarks.arrays [--tasks 1000] [--rounds 2]
 
 As root. Both are measured in turns in one run, on the simulated site, whose nodes share the cores of this machine. The
 floor submits as many equally empty tasks, and waits for the last one's file. Both let as many run at once, and write

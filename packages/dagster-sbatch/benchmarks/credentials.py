@@ -1,6 +1,6 @@
 """What access costs: before each connect, and for a new certificate. On the simulated site, as root.
 
-    .venv/bin/python -m benchmarks.credentials
+    ../../.venv/bin/python -m benchmarks.credentials
 
 Each pair is measured in turns in one run; what counts is the ratio. The floor of "nothing to do" is reading and parsing
 the certificate once; that of a sensor's tick is the look at the files; that of a new certificate is the `step` program,

@@ -156,7 +156,7 @@ class Bench:
 
 
 def main() -> None:
-    """Measure, and print the table."""
+    """Measure, and print the table; exit with 1 if a job failed."""
     rounds = int(sys.argv[1]) if sys.argv[1:] else 3
     SimulatedSite.down(SITE_NAME)
     bench = Bench(SimulatedSite.up(SITE_NAME, install=True))
@@ -183,6 +183,7 @@ def main() -> None:
         ratios = [f"{ours / floor:.2f}" if ours and floor else "-" for floor in (bare, min(others, default=None))]
         table.add_row(str(size), *(describe(times[way, size]) for way in ways), *ratios)
     Console().print(table)
+    raise SystemExit(any(None in found for found in times.values()))
 
 
 def median(times: list[float | None]) -> float | None:

@@ -1,6 +1,6 @@
 """What the sampler of a job costs: CPU time of its process, in percent of one core, over some minutes.
 
-    .venv/bin/python -m benchmarks.sampler [--minutes 5] [--processes 200]
+    ../../.venv/bin/python -m benchmarks.sampler [--minutes 5] [--processes 200]
 
 It runs as in a job without cgroups, which costs most: it then reads the processes of the machine. So many of them
 belong to the job, and sleep. With a GPU, nvidia-smi is a process of its own: its CPU time is not among this.

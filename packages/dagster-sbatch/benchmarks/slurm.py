@@ -1,6 +1,6 @@
 """What a run costs beside its work: a trivial asset on the simulated site beside a bare login, sbatch and wait.
 
-    .venv/bin/python -m benchmarks.slurm [--runs 10]
+    ../../.venv/bin/python -m benchmarks.slurm [--runs 10]
 
 As root. All are measured in turns in one run, from a random moment between Slurm's own ticks, once directly and once
 with 25 ms on the way in each direction. The floor logs in, submits the same sleep, and waits for a file of it: by the
