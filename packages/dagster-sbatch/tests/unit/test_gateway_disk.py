@@ -172,10 +172,14 @@ def test_without_a_free_inode_the_end_is_seen_and_a_job_can_be_cancelled(
     assert any("Disk quota exceeded" in text or "squeue" in text for text in told)
 
 
-def test_a_job_that_its_user_has_renamed_is_cancelled(prepare: Prepare, slurm: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("others", [[], [CANCELLED]], ids=["all of it", "one task"])
+def test_a_job_that_its_user_has_renamed_is_cancelled(
+    others: list[str], prepare: Prepare, slurm: Path, tmp_path: Path
+) -> None:
     run, renamed = lay_out(tmp_path), f"WorkDir={tmp_path}/runs/KEY"
     states = [f"{state.replace('JobName=KEY', 'JobName=mine')} {renamed}" for state in (CANCELLED, RUNNING)]
-    put(slurm, "scontrol", f"[ -e {tmp_path}/scancel ] && echo '{states[0]}' || echo '{states[1]}'")
+    said = ["\n".join([*others, state]) for state in states]
+    put(slurm, "scontrol", f"[ -e {tmp_path}/scancel ] && echo '{said[0]}' || echo '{said[1]}'")
     put(slurm, "scancel", f'[ "$*" = "--user $(id -un) 17" ] && touch {tmp_path}/scancel')
     cancelled = prepare(HURRIED).cancel(str(run))
     assert cancelled is not None

@@ -207,12 +207,12 @@ def ranges(found):
 
 
 def scancel(job, key, *tasks):
-    """Cancel a run's job, or tasks of it: by the run's name, or by the id if the user has renamed the job."""
+    """Cancel a run's job, or tasks of it: by the run's name, or by the id if somebody has renamed the job or a task."""
     try:
-        record = fields_of(ask_slurm("scontrol", "-o", "show", "job", job))
+        records = [fields_of(line) for line in ask_slurm("scontrol", "-o", "show", "job", job).splitlines()]
     except RequestError:
-        record = {}
-    renamed = is_of(record, key) and record["JobName"] != key
+        records = []
+    renamed = any(is_of(record, key) and record["JobName"] != key for record in records)
     ask_slurm("scancel", "--user", user(), *((tasks or (job,)) if renamed else ("--name", key, *tasks)))
 
 
