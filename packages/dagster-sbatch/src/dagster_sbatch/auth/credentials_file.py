@@ -148,7 +148,10 @@ def _render_secret(name: str, secret: Secret | None) -> dict[str, str]:
 
 @contextmanager
 def explained(file: Path | str = "") -> Iterator[None]:
-    """Turn an OSError into an AccessError, which names its file or else this one: a run would connect anew after it."""
+    """Turn an OSError into an AccessError: a run would take an OSError for a lost connection, and connect again.
+
+    `file`: is named if the OSError names none.
+    """
     try:
         yield
     except OSError as error:

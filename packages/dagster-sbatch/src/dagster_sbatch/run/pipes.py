@@ -152,7 +152,7 @@ def open_session(context: dg.OpExecutionContext, extras: Mapping[str, Any], fold
         try:
             yield Session(pipes, json.dumps(pipes.context_data), messages, *output)
         finally:
-            for text in (each for each in warned if not warned[each]):  # its database was on the full disk, too
+            for text in (each for each in warned if not warned[each]):  # Dagster's database was on the full disk, too
                 log.warning(text)
 
 
