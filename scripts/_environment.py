@@ -187,37 +187,59 @@ def _refuse_foreign_folder() -> None:
 
 
 def _install(lock: "IO[str]") -> None:
-    """Make the environment. The installer holds the lock, too: it may live longer than a script that is killed."""
+    """Make the environment in a folder of its own; only when all is installed, exchange it for the one before.
+
+    The installer holds the lock, too: it may live longer than a script that is killed.
+    """
     begun = time.monotonic()
+    new = VENV.resolve() / ".being-made"
     uv = shutil.which("uv", path=_path_without_venv())
     print(f"Setting up {VENV} with {'uv' if uv else 'pip'} (once; a minute or two) ...", file=sys.stderr, flush=True)
     passed_on = {name: value for name, value in os.environ.items() if PASSED_ON.fullmatch(name)}
     environment = {**passed_on, **SYSTEM_CERTIFICATES, **NOT_THE_USERS}
-    for command in _uv_commands(uv) if uv else _pip_commands():
-        try:
-            done = subprocess.run(
-                command,
-                cwd=str(ROOT),
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                check=False,
-                pass_fds=[lock.fileno()],
-            )
-        finally:  # also after Ctrl-C and a failure
-            _sign()
+    new.mkdir(parents=True, exist_ok=True)
+    OWNER.write_bytes(os.fsencode(str(ROOT)))
+    for command in _uv_commands(uv, new) if uv else _pip_commands(new):
+        done = subprocess.run(
+            command,
+            cwd=str(ROOT),
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            check=False,
+            pass_fds=[lock.fileno()],
+        )
         if done.returncode:
             shown = " ".join(command)
             raise SystemExit(
                 f"Setting up {VENV} failed (exit code {done.returncode}); the output is above.\n"
-                f"Command: {shown}\nIt is safe to try again."
+                f"Command: {shown}\nIt is safe to try again. The environment before, if any, is unchanged: it is used "
+                "again if you\ngo back to the requirements before."
             )
-    STAMP.write_text(_wanted())
+    _exchange(new)
     print(f"Environment ready after {time.monotonic() - begun:.0f} s.", file=sys.stderr, flush=True)
 
 
-def _sign() -> None:
-    if VENV.is_dir():
-        OWNER.write_bytes(os.fsencode(str(ROOT)))
+def _exchange(new: Path) -> None:
+    """Put the files of a new environment, which lies in .venv, in place of those before.
+
+    One by one: .venv itself may be a link, or the place of another disk. If this is cut short, the stamp is missing.
+    """
+    old = new.with_name(".before")
+    shutil.rmtree(str(old), ignore_errors=True)
+    old.mkdir()
+    for program in (new / "bin").iterdir():
+        text = b"" if program.is_symlink() else program.read_bytes()
+        if text.startswith(b"#!") or program.name.startswith("activate"):  # they name their Python, or their folder
+            program.write_bytes(text.replace(os.fsencode(f"/{new.name}"), b""))
+    STAMP.unlink(missing_ok=True)
+    for path in new.parent.iterdir():
+        if path.name not in (new.name, old.name, OWNER.name):
+            path.rename(old / path.name)
+    for path in new.iterdir():
+        path.rename(new.parent / path.name)
+    STAMP.write_text(_wanted())
+    shutil.rmtree(str(old))
+    new.rmdir()
 
 
 def _path_without_venv() -> str:
@@ -228,19 +250,19 @@ def _path_without_venv() -> str:
     )
 
 
-def _uv_commands(uv: str) -> "list[list[str]]":
-    python = str(PYTHON)
+def _uv_commands(uv: str, new: Path) -> "list[list[str]]":
+    python = str(new / "bin" / "python")
     return [
-        [uv, "venv", "--quiet", "--clear", "--python", f">={SUPPORTED[0]},<3.14", str(VENV.resolve())],
+        [uv, "venv", "--quiet", "--clear", "--python", f">={SUPPORTED[0]},<3.14", str(new)],
         [uv, "pip", "sync", "--quiet", "--require-hashes", "--python", python, str(REQUIREMENTS)],
         [uv, "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--python", python, *_editable()],
     ]
 
 
-def _pip_commands() -> "list[list[str]]":
-    pip = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "install", "-qq", "--no-compile"]
+def _pip_commands(new: Path) -> "list[list[str]]":
+    pip = [str(new / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", "-qq", "--no-compile"]
     return [
-        [_interpreter(), "-m", "venv", "--clear", str(VENV.resolve())],  # venv refuses a link
+        [_interpreter(), "-m", "venv", "--clear", "--prompt", VENV.name, str(new)],
         [*pip, "--require-hashes", "--use-pep517", "--requirement", str(REQUIREMENTS)],
         [*pip, "--no-deps", "--no-build-isolation", *_editable()],
     ]

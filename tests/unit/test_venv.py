@@ -80,8 +80,8 @@ def ready(copy: Path) -> Path:
     """The same with an environment as a set-up leaves it, on another disk; and a uv that fails."""
     venv.create(copy / "elsewhere", symlinks=True)
     (copy / ".venv").symlink_to(copy / "elsewhere")
-    code = "import sys; sys.path.insert(0, 'scripts'); import _environment as e; e._sign()\n"
-    code += "e.STAMP.write_text(e._wanted())"
+    code = "import sys; sys.path.insert(0, 'scripts'); import _environment as e; "
+    code += "e.OWNER.write_text(str(e.ROOT)); e.STAMP.write_text(e._wanted())"
     assert run([sys.executable, "-c", code], cwd=copy).returncode == 0
     (copy / "uv").write_text("#!/bin/sh\nexit 3\n")
     (copy / "uv").chmod(0o755)
@@ -141,6 +141,19 @@ def test_a_failed_set_up_behind_a_link_is_done_again(copy: Path) -> None:
     for _ in range(2):
         done = run([sys.executable, "scripts/show"], cwd=copy, env={"PATH": f"{copy}:/usr/bin:/bin"})
         assert f"Setting up {copy}/.venv failed (exit code 3)" in done.stderr
+
+
+def test_after_a_failed_set_up_the_environment_before_serves_the_requirements_before(ready: Path) -> None:
+    """As after a `git pull` without a network: the owner returns to the commit before."""
+    wanted = ready / "requirements" / "dev.txt"
+    wanted.write_text("# changed\n")
+    (ready / "uv").write_text('#!/bin/sh\nfor last; do :; done\nfind "$last" -mindepth 1 -delete; exit 3\n')
+    environment = {"PATH": f"{ready}:/usr/bin:/bin"}
+    failed = run([sys.executable, "scripts/show"], cwd=ready, env=environment)
+    assert f"Setting up {ready}/.venv failed (exit code 3)" in failed.stderr
+    wanted.write_text("")
+    done = run([sys.executable, "scripts/show"], cwd=ready, env=environment)
+    assert (done.stdout, done.stderr) == (f"{ready}/.venv []\n", "")
 
 
 def test_a_moved_project_keeps_its_linked_environment(ready: Path, tmp_path: Path) -> None:
@@ -305,7 +318,12 @@ def test_pip_installs_into_the_projects_environment_whatever_the_user_prefers(co
     environment |= {"PIP_REQUIRE_HASHES": "1", "PIP_DRY_RUN": "1"}
     done = run([sys.executable, "scripts/show"], cwd=copy, env=environment)
     assert done.stdout == f"{copy}/.venv []\n", done.stderr
-    assert list((copy / ".venv").glob("lib/python*/site-packages/copy-0.dist-info"))
+    made = copy / ".venv"
+    assert list(made.glob("lib/python*/site-packages/copy-0.dist-info"))
+    assert {path.name for path in made.glob(".*")} <= {".gitignore"}
+    assert (made / "bin" / "pip").read_text().startswith(f"#!{made}/bin/python")
+    where = run(["/bin/sh", "-c", '. .venv/bin/activate && echo "$VIRTUAL_ENV"'], cwd=copy)
+    assert where.stdout == f"{made}\n"
 
 
 def test_a_failed_set_up_shows_the_command_and_leaves_no_stamp(copy: Path) -> None:
