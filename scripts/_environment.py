@@ -9,6 +9,7 @@ pixi is used where it is found on PATH, else uv, else `python -m venv` and pip w
 import fcntl
 import hashlib
 import importlib.util
+import locale
 import os
 import re
 import shlex
@@ -66,6 +67,8 @@ def activate() -> None:
         command = [str(PYTHON), *command]
     for variable in ("PYTHONHOME", "PYTHONPATH"):  # of another Python: a module or a shell's profile may have set them
         os.environ.pop(variable, None)
+    if locale.nl_langinfo(locale.CODESET).upper() != "UTF-8" and not str(ROOT).isascii():
+        os.environ["LC_ALL"] = "C.UTF-8"  # or Python 3.11 misreads this path, which is in a file of the environment
     sys.stdout.flush()
     os.execv(command[0], command)
 

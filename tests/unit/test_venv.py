@@ -103,6 +103,22 @@ def test_an_environment_is_used_where_it_is_current(name: str, value: str, ready
     assert (done.stdout, done.stderr) == (f"{ready}/.venv []\n", "")
 
 
+def test_a_folder_with_an_umlaut_works_in_any_locale(ready: Path, tmp_path: Path) -> None:
+    """An editable installation names the folder in a file of the environment."""
+    project = tmp_path / "hö"
+    for name in ("scripts", "requirements"):
+        shutil.copytree(ready / name, project / name)
+    venv.create(project / ".venv", symlinks=True)
+    (packages,) = project.glob(".venv/lib/python*/site-packages")
+    (packages / "project.pth").write_text(f"{project}\n", encoding="utf-8")
+    code = "import sys; sys.path.insert(0, 'scripts'); import _environment as e; e.STAMP.write_text(e._wanted())"
+    assert run([sys.executable, "-c", code], cwd=project).returncode == 0
+    with (project / "scripts" / "show").open("a") as script:
+        script.write(f"print({str(project)!r} in sys.path)\n")
+    done = run([sys.executable, "scripts/show"], cwd=project, env={"PATH": "/usr/bin:/bin", "LC_ALL": "C"})
+    assert (done.stdout, done.stderr) == (f"{project}/.venv []\nTrue\n", "")
+
+
 @pytest.mark.parametrize("target", ["/nowhere/python3", "/bin/true"], ids=["gone", "another"])
 def test_an_environment_whose_python_was_replaced_is_set_up_again(target: str, ready: Path) -> None:
     """As after an upgrade of the system."""

@@ -109,8 +109,7 @@ def find_wheels(source: str, folder: Path) -> dict[str, Wheel]:
     try:
         _download(source if source.startswith("https://") else f"{ENGINE}=={Version(source)}", folder)
     except InvalidVersion:
-        text = f"{source} is not a file, a folder, an address with https:// or a version."
-        raise ConfigurationError(text) from None
+        raise ConfigurationError(f"{source} is not a file, a folder, an address with https:// or a version.") from None
     return wheels_in(folder)
 
 
@@ -143,4 +142,5 @@ def _download(wanted: str, folder: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         advice = "" if "://" in wanted else "\nOnly pip's own index is asked, not that of uv. Name the wheel instead."
-        raise ConfigurationError(f"{wanted} cannot be downloaded.\n{done.stderr.strip()}{advice}")
+        shown = re.sub("//[^/]*@", "//", wanted)  # less a password
+        raise ConfigurationError(f"{shown} cannot be downloaded.\n{done.stderr.strip()}{advice}")
