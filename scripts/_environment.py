@@ -32,14 +32,15 @@ EDITABLE = (*(str(path.parent) for path in sorted((ROOT / "packages").glob("*/py
 """What is installed from its sources: a copy has wheels in place of the packages."""
 PASSED_ON = re.compile(
     r"PATH|HOME|USER|LOGNAME|LANG|LC_.*|TMPDIR|XDG_CACHE_HOME|XDG_CONFIG_HOME|LD_LIBRARY_PATH|SSL_CERT_FILE|SSL_CERT_DIR"
-    r"|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE|(?i:https?_proxy|all_proxy|no_proxy)|UV_.*"
+    r"|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE|(?i:https?_proxy|all_proxy|no_proxy)"
+    r"|UV_(?!(?:NO_EDITABLE|REQUIRE_HASHES|WORKING_DIR|WORKING_DIRECTORY)$).*"
     r"|PIP_(?!(?:TARGET|PREFIX|ROOT|PYTHON|DRY_RUN)$).*"
 )
-"""Variables that the installer gets, but none that name another place to install to. Secrets are not among them, but
-those of a package index or a proxy may be."""
+"""Variables that the installer gets, but none that name another place to install to, or another way. Secrets are not
+among them, but those of a package index or a proxy may be."""
 SYSTEM_CERTIFICATES = {"UV_SYSTEM_CERTS": "1", "UV_NATIVE_TLS": "1"}
 """uv trusts the authorities of the system, not only those that it brings; the second name is that of older versions."""
-NOT_THE_USERS = {"PIP_USER": "0", "PIP_REQUIRE_HASHES": "0", "UV_REQUIRE_HASHES": "0"}
+NOT_THE_USERS = {"PIP_USER": "0", "PIP_REQUIRE_HASHES": "0"}
 """Set so against the user's variables and pip.conf: no installation into ~/.local, and none of the project by hash."""
 SUPPORTED = ("3.11", "3.12", "3.13")
 
@@ -254,11 +255,11 @@ def _path_without_venv() -> str:
 
 
 def _uv_commands(uv: str, new: Path) -> "list[list[str]]":
-    python = str(new / "bin" / "python")
+    python, project = str(new / "bin" / "python"), ["--no-deps", "--no-build-isolation", "--no-require-hashes"]
     return [
         [uv, "venv", "--quiet", "--clear", "--python", f">={SUPPORTED[0]},<3.14", str(new)],
         [uv, "pip", "sync", "--quiet", "--require-hashes", "--python", python, str(REQUIREMENTS)],
-        [uv, "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--python", python, *_editable()],
+        [uv, "pip", "install", "--quiet", *project, "--python", python, *_editable()],
     ]
 
 

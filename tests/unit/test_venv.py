@@ -52,11 +52,9 @@ def test_uv_trusts_what_the_system_trusts(copy: Path) -> None:
     (tools / "uv").write_text('#!/bin/sh\nenv > "$0.environment"; exit 3\n')
     (tools / "uv").chmod(0o755)
     ours = {"UV_SYSTEM_CERTS": "nonsense", "REQUESTS_CA_BUNDLE": "/ca.pem", "CURL_CA_BUNDLE": "/ca.pem"}
-    ours["UV_REQUIRE_HASHES"] = "1"  # the project itself has none
     done = run([sys.executable, "scripts/show"], cwd=copy, env={"PATH": f"{tools}:/usr/bin:/bin", **ours})
     assert "uv venv" in done.stderr
     given = (tools / "uv.environment").read_text().splitlines()
-    assert "UV_REQUIRE_HASHES=0" in given
     assert {"UV_SYSTEM_CERTS=1", "UV_NATIVE_TLS=1", "REQUESTS_CA_BUNDLE=/ca.pem", "CURL_CA_BUNDLE=/ca.pem"} <= {*given}
 
 
@@ -340,6 +338,21 @@ def test_pip_installs_into_the_projects_environment_whatever_the_user_prefers(co
     assert (made / "bin" / "pip").read_text().startswith(f"#!{made}/bin/python")
     where = run(["/bin/sh", "-c", '. .venv/bin/activate && echo "$VIRTUAL_ENV"'], cwd=copy)
     assert where.stdout == f"{made}\n"
+
+
+def test_uv_installs_the_project_from_its_folder_whatever_the_user_prefers(copy: Path) -> None:
+    """An image may have such variables for other projects. The project itself has no hash."""
+    (copy / "backend.py").write_text(BACKEND)
+    (copy / "pyproject.toml").write_text(PYPROJECT)
+    (copy / "uv").write_text(f'#!/bin/sh\nexec {sys.executable} -m uv "$@"\n')
+    (copy / "uv").chmod(0o755)
+    (copy / "uv.toml").write_text("[pip]\nrequire-hashes = true\n")
+    places = f"{copy}:{Path(sys.executable).resolve().parent}:/usr/bin:/bin"
+    environment = {"PATH": places, "HOME": str(copy), "UV_OFFLINE": "1", "UV_CONFIG_FILE": f"{copy}/uv.toml"}
+    environment |= {"UV_REQUIRE_HASHES": "1", "UV_NO_EDITABLE": "1", "UV_WORKING_DIR": "/"}
+    done = run([sys.executable, "scripts/show"], cwd=copy, env=environment)
+    assert done.stdout == f"{copy}/.venv []\n", done.stderr
+    assert "with uv" in done.stderr
 
 
 def test_a_failed_set_up_shows_the_command_and_leaves_no_stamp(copy: Path) -> None:
