@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import IO
@@ -228,22 +229,21 @@ def _exchange(new: Path) -> None:
 
     One by one: .venv itself may be a link, or the place of another disk. If this is cut short, the stamp is missing.
     """
-    old = new.with_name(".before")
-    shutil.rmtree(str(old), ignore_errors=True)
-    old.mkdir()
     for program in (new / "bin").iterdir():
         text = b"" if program.is_symlink() else program.read_bytes()
         if text.startswith(b"#!") or program.name.startswith("activate"):  # they name their Python, or their folder
             program.write_bytes(text.replace(os.fsencode(f"/{new.name}"), b""))
+    old = Path(tempfile.mkdtemp(prefix=".before-", dir=str(new.parent)))
     STAMP.unlink(missing_ok=True)
     for path in new.parent.iterdir():
-        if path.name not in (new.name, old.name, OWNER.name):
+        if path.name not in (new.name, OWNER.name) and not path.name.startswith(".before-"):
             path.rename(old / path.name)
     for path in new.iterdir():
         path.rename(new.parent / path.name)
     STAMP.write_text(_wanted())
-    shutil.rmtree(str(old))
     new.rmdir()
+    for path in new.parent.glob(".before-*"):
+        shutil.rmtree(str(path), ignore_errors=True)  # on NFS, what a program uses stays until the next time
 
 
 def _path_without_venv() -> str:
