@@ -215,10 +215,10 @@ def _install(lock: "IO[str]") -> None:
         )
         if done.returncode:
             shown = " ".join(command)
+            former = " The former environment is unchanged: it works with the former requirements/."
             raise SystemExit(
                 f"Setting up {VENV} failed (exit code {done.returncode}); the output is above.\n"
-                f"Command: {shown}\nIt is safe to try again. The environment before, if any, is unchanged: it is used "
-                "again if you\ngo back to the requirements before."
+                f"Command: {shown}\nIt is safe to try again.{former if STAMP.is_file() else ''}"
             )
     _exchange(new)
     print(f"Environment ready after {time.monotonic() - begun:.0f} s.", file=sys.stderr, flush=True)

@@ -166,6 +166,7 @@ def test_after_a_failed_set_up_the_environment_before_serves_the_requirements_be
     environment = {"PATH": f"{ready}:/usr/bin:/bin"}
     failed = run([sys.executable, "scripts/show"], cwd=ready, env=environment)
     assert f"Setting up {ready}/.venv failed (exit code 3)" in failed.stderr
+    assert failed.stderr.endswith("The former environment is unchanged: it works with the former requirements/.\n")
     wanted.write_text("")
     done = run([sys.executable, "scripts/show"], cwd=ready, env=environment)
     assert (done.stdout, done.stderr) == (f"{ready}/.venv []\n", "")
