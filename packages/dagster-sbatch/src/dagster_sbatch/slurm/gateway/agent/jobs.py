@@ -15,7 +15,6 @@ from .slurm_commands import (
     ACCOUNT,
     SBATCH_PATIENCE,
     await_end,
-    environment,
     find_by_folder,
     for_sbatch,
     not_started,
@@ -154,7 +153,7 @@ def environment_of(run):
     A single job gets the environment of a login on its node.
     """
     script = read(os.path.join(run, "job.sh")).decode(errors="replace")
-    return for_sbatch(login_environment(), script) if is_array(run) else environment(script)
+    return for_sbatch(login_environment() if is_array(run) else os.environ, script)
 
 
 def sbatch(run, lock, variables):
