@@ -44,6 +44,14 @@ LOST = "Ray: lost the node n4002: health check failed"
         (JobEnd(7, "CANCELLED", exit="0:15"), CANCELLED),
         (JobEnd(TRY_AGAIN, "CANCELLED"), CANCELLED),
         (JobEnd(0, "PREEMPTED"), Outcome("it was preempted by another job (Slurm: PREEMPTED)", Fault.AGAIN)),
+        (
+            JobEnd(None, "TIMEOUT", started=1000, ended=1120),
+            Outcome(
+                "it reached its time limit (Slurm: TIMEOUT), which was shortened in Slurm: "
+                "it ran for 00:02:00 of 01:00:00",
+                Fault.TIME,
+            ),
+        ),
         (JobEnd(None, "BOOT_FAIL"), Outcome("a node did not start (Slurm: BOOT_FAIL)", Fault.NODE)),
         (
             JobEnd(None, "PREEMPTED", cause=LOST),

@@ -4,11 +4,13 @@ import os
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from datetime import timedelta
 
 from dagster_sbatch.slurm.accounting import explain_idle_end
 from dagster_sbatch.slurm.allocation import suggest
 from dagster_sbatch.slurm.gateway import MESSAGES, JobEnd, Projects, charged_project
 from dagster_sbatch.slurm.request import Fault, SlurmRequest
+from dagster_sbatch.slurm.units import format_time
 
 _RAN_OUT_OF_MEMORY = "ran out of memory"
 CAUSES = {
@@ -167,6 +169,9 @@ def _explain_state(end: JobEnd, request: SlurmRequest) -> Outcome:
     cause = f"{words} (Slurm: {end.state})"
     if end.state == "NODE_FAIL" and end.cause:
         cause += f"; {end.cause}"  # it may name the node
+    if fault is Fault.TIME and end.started and end.ended and (ran := end.ended - end.started) < request.seconds - 60:
+        limit, ran_for = format_time(request.time_limit), format_time(timedelta(seconds=ran))
+        return Outcome(f"{cause}, which was shortened in Slurm: it ran for {ran_for} of {limit}", fault)
     again = ". To submit it again, re-execute the run" if end.state == "CANCELLED" else ""
     return Outcome(cause, fault, again or suggest(fault, request))
 
