@@ -161,15 +161,10 @@ def sbatch(run, lock, variables):
     # By the agent's PATH, which the site's setup commands may have set.
     paths = [os.path.join(folder, "sbatch") for folder in os.get_exec_path()]
     command = next((path for path in paths if os.access(path, os.X_OK)), "sbatch")
+    words, pipe = [command, "--parsable", "--chdir", run, os.path.join(run, "job.sh")], subprocess.PIPE
     try:
         child = subprocess.Popen(
-            [command, "--parsable", "--chdir", run, os.path.join(run, "job.sh")],
-            cwd=run,
-            env=variables,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            pass_fds=[lock],
+            words, cwd=run, env=variables, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, pass_fds=[lock]
         )
     except OSError as error:
         os.unlink(os.path.join(run, "tried"))

@@ -32,17 +32,8 @@ OVER = frozenset(
 RANGE = re.compile(r"(\d+)(?:-(\d+)(?::(\d+))?)?")
 
 
-def environment(script=""):
-    """Return the variables for Slurm's commands, without those that would change what they do or print.
-
-    script: a job for sbatch.
-    """
-    # With SLURM_BITSTR_LEN=0, Slurm does not cut off the indices of an array's waiting tasks.
-    return dict(for_sbatch(os.environ, script), SLURM_TIME_FORMAT="%s", SLURM_BITSTR_LEN="0")
-
-
 def for_sbatch(variables, script):
-    """Return those of some variables with which sbatch does what the script says, and the agent's own of KEPT.
+    """Return those of some variables that do not change what Slurm's commands do, and the agent's own of KEPT.
 
     If the script names an account, PROJECT is left out, which sbatch would prefer.
     """
@@ -63,11 +54,10 @@ def user():
 
 def call(*command, patience=COMMAND_PATIENCE, script=""):
     """Run a command and return the CompletedProcess; it reads `script`, a job, from its stdin."""
-    pipe = subprocess.PIPE
+    # With SLURM_BITSTR_LEN=0, Slurm does not cut off the indices of an array's waiting tasks.
+    env, pipe = dict(for_sbatch(os.environ, script), SLURM_TIME_FORMAT="%s", SLURM_BITSTR_LEN="0"), subprocess.PIPE
     try:
-        child = subprocess.Popen(
-            command, env=environment(script), stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True
-        )
+        child = subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
     except OSError as error:
         raise not_started(command[0], error)
     RUNNING.add(child)
