@@ -125,7 +125,7 @@ class RemoteJob(RemoteStep):
             self._log.warning("Slurm does not know the job any more. The job's own record of its end is used.")
         if end.short:
             lost = ", ".join(f"{name} from byte {size} on" for name, size in end.short.items())
-            self._log.warning(f"Not all output of the job arrived: {lost}. It is in {self._run}.")
+            self._log.warning(f"Not all output of the job arrived: {lost}. Unless removed, it is in {self._run}.")
 
     def _report_submitted(self, submitted: Submitted) -> None:
         self._register_job(self._run, submitted.job)

@@ -5,7 +5,7 @@ import os
 import time
 from functools import partial
 
-from .job_record import MOST_CHUNKS, events_of, pause_after, short_of
+from .job_record import MESSAGES, MOST_CHUNKS, events_of, pause_after, short_of
 from .run_directories import locate
 from .shared_queue import SQUEUE_EVERY
 from .slurm_commands import COMMAND_PATIENCE, LAG, OVER, UNSEEN, account
@@ -254,7 +254,8 @@ class Follower:
             if short is None or (short and now - max(since, task.moved) < COMMAND_PATIENCE):
                 self.schedule(index, now + pause_after(now - since))
                 continue
-            self.say(task=index, end=end, short=short)
+            lost = {each.name: each.at for each in task.streams if each.removed and each.name != MESSAGES}
+            self.say(task=index, end=end, short={**short, **lost})
             del self.over[index], self.active[index]
             for known in (self.left, self.recorded, self.gone):
                 known.discard(index)

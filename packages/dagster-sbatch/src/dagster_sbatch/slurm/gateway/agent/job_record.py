@@ -80,14 +80,16 @@ class Stream:
         self.hole = (0, 0)  # its size when NUL bytes were first seen, and the time
         # Until when this machine may not see all that was sent. No program empties the messages
         self.behind = time.time() + (float("inf") if name == MESSAGES else BEHIND) if last else 0
+        self.seen, self.removed = at > 0, False  # whether it was there, and is not any more
 
     def pump(self, say):
         """Send what the file has beyond the offset; return the number of chunks."""
         try:  # opened each time: on NFS, only that shows what another machine has appended
             file = os.open(self.path, os.O_RDONLY)
         except FileNotFoundError:
-            self.behind = 0  # the job has removed it
+            self.behind, self.removed = 0, self.seen  # by the job, or by the site
             return 0
+        self.seen, self.removed = True, False
         try:
             for sent in range(MOST_CHUNKS):
                 data, at = read_on(file, self.at, self.last, time.time() < self.behind)
