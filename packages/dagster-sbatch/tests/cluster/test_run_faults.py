@@ -138,6 +138,21 @@ def test_a_node_fails_and_its_job_runs_again(
     assert capfd.readouterr().out == "life 0 of 1\nlife 1 of 1\n"
 
 
+def test_a_node_that_slurm_took_for_dead_does_not_run_on(site: SimulatedSite, workloads: Path) -> None:
+    """It is cut off from Slurm, not from the file system, where its messages would mix with those of the next start."""
+    workload = WAITS.replace(
+        'print("begun"', "import os; print('life', os.environ.get('SLURM_RESTART_COUNT', 0), 'of 1'"
+    )
+    run = Background(lambda: materialize(workload, workloads, request=REQUEST))
+    ((node,),) = rows_of(site, "%N", f"--jobs={began(site)}")
+    with site.faults.node_cut(node):
+        wait_until(lambda: "life 1 of 1" in output_there(site), "it runs again", 120)
+        left = "pgrep --full '[p]robe workload.py'"
+        wait_until(lambda: not site.run_on_node(node, left, check=False).stdout, "the first start has ended", 60)
+        go_on(site)
+        one_job_did_it(site, run.outcome())
+
+
 @pytest.mark.smoke
 def test_after_a_node_failure_without_requeue_another_attempt_is_made(
     site: SimulatedSite, workloads: Path, monkeypatch: pytest.MonkeyPatch

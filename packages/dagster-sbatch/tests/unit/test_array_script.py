@@ -56,7 +56,7 @@ def test_a_task_has_its_own_context_and_its_own_record(run: Path, index: int) ->
     started, ended = map(json.loads, (task / "events").read_text().splitlines())
     assert "started" in started
     sizes = {"messages.jsonl": len((task / "messages.jsonl").read_bytes()), "stdout": len(shown), "stderr": 0}
-    assert (ended["code"], ended["job"], ended["sizes"]) == (3, str(101 + index), sizes)
+    assert (ended["code"], ended["began"], ended["sizes"]) == (3, started["time"], sizes)
     assert (task / "cause").read_text() == ""
 
 

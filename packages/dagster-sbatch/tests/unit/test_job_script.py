@@ -137,7 +137,7 @@ def test_the_script_runs_the_workload_and_records_its_end(tmp_path: Path) -> Non
     messages = (tmp_path / "messages.jsonl").read_text()
     assert json.loads(messages) == {"method": JOB_STARTED}
     assert messages.startswith("\n")
-    assert (ended["code"], ended["job"]) == (3, "17")
+    assert (ended["code"], ended["began"]) == (3, started["time"])
     assert ended["sizes"] == {"messages.jsonl": len(messages), "stdout": 0, "stderr": 0}
 
 

@@ -167,3 +167,33 @@ def test_what_slurm_writes_to_stderr_at_the_end_of_a_task_is_not_lost(
     site.say(record("0", "OUT_OF_MEMORY", str(int(time.time()))), before=f"echo oom_kill >>{site.run}/tasks/0.stderr")
     wait_for_ends(seen, 1)
     assert seen.text(0, "stderr") == "oom_kill\n"
+
+
+@pytest.mark.parametrize("code", ["1", "null"])
+def test_the_end_of_a_start_that_slurm_has_replaced_does_not_count(code: str, tmp_path: Path) -> None:
+    """It ran on, on a node that Slurm took for dead: its record follows that of the start that replaced it."""
+    starts, end = (
+        [f'{{"started": "n{time}", "time": {time}}}\n' for time in (1, 2)],
+        '{{"code": {}, "began": {}, "time": 3}}\n',
+    )
+    for own, others in ((0, code), (3, "0")):
+        (tmp_path / "events").write_text("".join([*starts, end.format(own, 2), end.format(others, 1)]))
+        found = job_record.events_of(str(tmp_path))
+        assert (found["started"]["started"], found["end"]["code"]) == ("n2", own)
+    (tmp_path / "events").write_text(end.format(0, 2))  # the file was removed under the job
+    assert job_record.events_of(str(tmp_path))["end"]["code"] == 0
+
+
+def test_output_that_is_removed_under_the_job_is_missing(run: Path, prepare: Prepare, slurm: Path) -> None:
+    """The site has removed old files: what the job writes later comes nowhere. Slurm never made the other file."""
+    (run / "stdout").write_text("a line\n")
+    (run / "stderr").unlink()
+    say_end(slurm, "RUNNING")
+
+    def take(_: bytes) -> None:
+        (run / "stdout").unlink()
+        (run / "events").write_text('{"code": 0, "time": 1, "sizes": {"messages.jsonl": 0}}\n')
+        say_end(slurm, "COMPLETED")
+
+    end = prepare(HURRIED).run(str(run), None, {"stdout": take}, follower="")
+    assert (end.code, end.short) == (0, {"stdout": 7})

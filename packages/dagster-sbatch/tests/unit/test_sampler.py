@@ -360,6 +360,7 @@ def test_a_full_disk_does_not_save_a_job_with_idle_gpus(tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SLURM_JOB_ID", JOB)
     Path("events").symlink_to("/dev/full")
+    monkeypatch.setattr(sampler, "read", lambda _: "")  # it has no end
     first = sampler.FirstNode(1, 1, 40)
     ended = []
     monkeypatch.setattr(first, "end_job", lambda: ended.append(True))

@@ -73,3 +73,21 @@ def test_what_the_sampler_started_on_other_nodes_has_ended_before_it_ends(
         wait_until((tmp_path / "begun").exists, "its srun runs", 30)
         first.end()
         assert srun.returncode == 0
+
+
+def test_a_start_that_slurm_has_replaced_by_another_one_ends_and_records_nothing(tmp_path: Path) -> None:
+    """Its node was cut off from Slurm, but not from the file system."""
+    (tmp_path / "events").write_text('{"started": "n1", "time": 1}\n')
+    words = [sys.executable, *sampler.PYTHON_OPTIONS, sampler.__file__, "job", "1", "0"]
+    script = 'trap "echo end >>events" EXIT TERM\ncoproc S { exec "$@"; }\n'
+    script += 'echo >&"${S[1]}"; read -ru "${S[0]}"; touch begun; wait'
+    make(tmp_path, f"#!/bin/bash\n{script}\n", "script")
+    with subprocess.Popen([tmp_path / "script", *words], cwd=tmp_path, env={"SLURM_JOB_ID": JOB}) as process:
+        try:
+            wait_until((tmp_path / "begun").exists, "the sampler runs", 30)
+            events = (tmp_path / "events").read_text() + '{"started": "n2", "time": 2}\n'
+            (tmp_path / "events").write_text(events)
+            assert process.wait(30) == -signal.SIGKILL
+        finally:
+            process.kill()
+    assert (tmp_path / "events").read_text() == events

@@ -21,9 +21,10 @@ import time
 from contextlib import suppress
 
 from job_use import Usage
-from node_use import SAMPLE_SECONDS, Gpus, Node
+from node_use import SAMPLE_SECONDS, Gpus, Node, read
 
 FIRST_PAUSES = (1.0, 2.0, 4.0, 8.0)  # of a short job there are samples, too
+START = '"started"'  # in the events, once per start of the job
 REPORT_IDLE = 600.0  # seconds; GPUs also wait while a program reads its data
 PYTHON_OPTIONS = ["-B", "-E", "-s", "-S"]  # only Python's own modules, and those beside this program
 
@@ -84,7 +85,7 @@ class FirstNode(Sampler):
         self.usage, self.limit = Usage(nodes, gpus, time.monotonic()), limit
         self.report_at = min(REPORT_IDLE, limit / 2) if limit else REPORT_IDLE  # before it ends the job
         self.others, self.others_wanted, self.rest = None, nodes > 1, b""
-        self.reported, self.scancel = False, None
+        self.reported, self.scancel, self.starts = False, None, read("events").count(START)
 
     def asked(self, data):
         """Print what the job has used until now."""
@@ -97,6 +98,8 @@ class FirstNode(Sampler):
 
     def sample(self, now):
         """Take a sample, and act on idle GPUs. The other nodes begin when the job has run for a moment."""
+        if read("events").count(START) > self.starts:  # on another node: Slurm took this one for dead, and it is not
+            os.kill(self.parent, signal.SIGKILL)  # then Slurm ends the other processes, and no end is recorded
         memory, cpu = self.node.sample()
         self.usage.add("", now, memory, cpu, self.gpus.take())
         self.usage.point(now)

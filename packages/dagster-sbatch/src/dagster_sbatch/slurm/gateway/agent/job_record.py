@@ -26,12 +26,12 @@ def events_of(folder):
     started, end  of the job script
     idle          of the sampler: for how many seconds the GPUs have been idle; it writes that once
     """
-    events = {}
+    events, began = {}, None
     for line in read(os.path.join(folder, EVENTS)).split(b"\n")[:-1]:  # the last piece is not a whole line yet
         event = parse(line, "time") or parse(HALF.sub(b"", line), "time") or {}
         if "started" in event:
-            events = {"started": event}
-        elif "code" in event:
+            events, began = {"started": event}, event["time"]
+        elif "code" in event and began in (None, event.get("began") or began):  # not of a start that was replaced
             events["end"] = event
         elif "idle" in event:
             events["idle"] = event
