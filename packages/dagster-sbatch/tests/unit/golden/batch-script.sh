@@ -34,7 +34,7 @@ ln -s "$SLURM_JOB_ID" job 2>/dev/null || [ "$(readlink job)" = "$SLURM_JOB_ID" ]
 # The job's own record: a line at its start, a line at its end. The code is null if it was cut short; Slurm knows why.
 # Where traps are set, $(...) and <(...) stand in subshells, which have none: a signal while bash reads one of them
 # makes the trap and the rest of the command fail ("unexpected EOF while looking for matching").
-code=null reading='' terminated=''
+code=null began=null reading='' terminated=''
 # A node may stand still: then a time limit passes with it. A second read has its own, and may find the end of a line.
 read_usage() { IFS= read -rt 2 usage <&"${SAMPLER[0]-}" && [[ $usage == "{"*"}" ]]; }
 finish() {
@@ -53,8 +53,8 @@ finish() {
     mapfile -t sizes < <(exec stat -c '"%n": %s' messages.jsonl stdout stderr 2>/dev/null)
     IFS=,
     written="{${sizes[*]}}"
-    printf '{"code": %s, "job": "%s", "time": %s, "sizes": %s, "usage": %s}\n' \
-      "$code" "$SLURM_JOB_ID" "${now/,/.}" "$written" "$usage" >>events
+    printf '{"code": %s, "began": %s, "time": %s, "sizes": %s, "usage": %s}\n' \
+      "$code" "$began" "${now/,/.}" "$written" "$usage" >>events
   )
 }
 # Waits at most 2 s for the end of the sampler: if Slurm finds a process when this script has ended, it sleeps for 1 s.
@@ -78,11 +78,13 @@ export JOB_TMPDIR=$TMPDIR
 [ ! -e workload.pid ] || { rm workload.pid; : >cause; } # of a former start, maybe on another node
 # A former start may have left half a line. Its reports would count as well, if the disk is too full for this one.
 printf '\n{"method": "job_started"}\n' >>messages.jsonl || exit 1
-now=${EPOCHREALTIME:-$(date +%s.%N)} # with the locale's decimal point
-printf '{"started": "%s", "time": %s, "temporary": "%s"}\n' "$HOSTNAME" "${now/,/.}" "$JOB_TMPDIR" >>events
+began=${EPOCHREALTIME:-$(date +%s.%N)} began=${began/,/.} # from the locale's decimal point
+printf '{"started": "%s", "time": %s, "temporary": "%s"}\n' "$HOSTNAME" "$began" "$JOB_TMPDIR" >>events
 
 # $PYTHON uses its own packages, not those of a module's Python or of the home.
 unset PYTHONHOME PYTHONPLATLIBDIR PYTHONSAFEPATH
+# In a profile these would send a step's output elsewhere, label it, or start the step in another folder or cluster.
+unset SLURM_LABELIO SLURM_{STDIN,STDOUT,STDERR}MODE SLURM_{REMOTE_CWD,WORKING_DIR} SLURM_CLUSTERS "${!SRUN_@}"
 export PYTHONNOUSERSITE=1 TMPDIR=$JOB_TMPDIR
 export PYTHON=/environment/bin/python
 export DATA_ROOT=/d
