@@ -32,8 +32,9 @@ from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import SlurmRequest
 from dagster_sbatch.slurm.gateway import Gateway, Projects, RefusedError
 from dagster_sbatch.slurm.gateway.agent import releases
-from dagster_sbatch.slurm.gateway.agent.building import HERE, describe
+from dagster_sbatch.slurm.gateway.agent.building import HERE, check_interpreter, describe
 from dagster_sbatch.slurm.gateway.agent.disk import RequestError, store
+from dagster_sbatch.slurm.gateway.agent.server import find
 from resources import PROJECT
 
 GROUPS = """\
@@ -248,11 +249,10 @@ def test_an_interpreter_that_is_too_old_is_refused_if_an_asset_names_it(tmp_path
 
 
 def test_an_interpreter_is_checked_without_making_anything(tmp_path: Path) -> None:
-    check = releases.VERBS["check_interpreter"]
-    assert check(ask_for(tmp_path, sys.executable, modules=["dagster_pipes"]), None) == {}
+    assert check_interpreter(None, ask_for(tmp_path, sys.executable, modules=["dagster_pipes"]), None) == {}
     said = rf"^environment={sys.executable} cannot import none_such on .*: .*No module named 'none_such'\nInstall .*\n"
     with pytest.raises(RequestError, match=rf"{said}{sys.executable} -m pip install none-such$"):
-        check(ask_for(tmp_path, sys.executable, modules=["none_such"]), None)
+        check_interpreter(None, ask_for(tmp_path, sys.executable, modules=["none_such"]), None)
     assert [path.name for path in (tmp_path / "environments").iterdir() if path.is_dir()] == []
 
 
@@ -268,11 +268,10 @@ class Published:
             own = {"name": name, "python": sys.executable, "code": code or {}, "interpreter": about}
             store(str(folder / name / HERE), {**content, **own})
 
-    def ask(self, *_: Any, verb: str, **fields: Any) -> Any:
+    def ask(self, *_: Any, do: str, **fields: Any) -> Any:
         """Stand for `Gateway.ask`, with the agent in this process."""
-        del fields["do"]
         try:
-            return releases.VERBS[verb]({**fields, "folder": str(self.folder)}, lambda **_: None)
+            return find(do)(None, {**fields, "folder": str(self.folder)}, lambda **_: None)
         except RequestError as error:
             raise RefusedError(str(error)) from None
 

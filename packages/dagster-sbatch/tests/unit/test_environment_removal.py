@@ -11,6 +11,7 @@ import pytest
 from dagster_sbatch.slurm.gateway.agent import releases
 from dagster_sbatch.slurm.gateway.agent.building import HERE
 from dagster_sbatch.slurm.gateway.agent.disk import RequestError, store
+from dagster_sbatch.slurm.gateway.agent.server import find
 
 LONG_AGO = 1_000_000_000.0
 WHEEL = "0123/tiny-1.0-py3-none-any.whl"
@@ -39,19 +40,19 @@ def make_environment(folder: Path, name: str, layer: str | None) -> None:
 
 
 def ask(folder: Path, verb: str, **fields: Any) -> Any:
-    return releases.VERBS[verb]({**fields, "folder": str(folder)}, lambda **_: None)
+    return find(verb)(None, {**fields, "folder": str(folder)}, lambda **_: None)
 
 
 def wanted(folder: Path) -> Any:
     """Ask for an environment with the same packages and other code, as each run does."""
     python = {"asked": None, "python": None, "asked_by": "SLURM_PYTHON", "candidates": [sys.executable]}
     content = {"lock": "a lock", "modules": [], "setup": [], "code": {"main.py": "new"}}
-    return ask(folder, "find", **python, **content, oldest=[3, 11], newest=[3, 99])
+    return ask(folder, "building.find", **python, **content, oldest=[3, 11], newest=[3, 99])
 
 
 def remains(folder: Path, name: str = "old") -> list[str]:
     """Remove an environment, and what only it needs; return what is left."""
-    assert ask(folder, "remove", names=[name])["removed"] == [name]
+    assert ask(folder, "releases.remove", names=[name])["removed"] == [name]
     return [name for name in ("packages", "wheels") if any((folder / name).iterdir())]
 
 
@@ -69,9 +70,9 @@ def test_an_environment_whose_old_files_were_removed_is_made_again(tmp_path: Pat
     fields = {**python, **content, "oldest": [3, 11], "newest": [3, 99]}
     folder = tmp_path / "environments"
     for _ in range(2):
-        assert not ask(folder, "find", **fields)["ready"]
-        made = ask(folder, "build", **fields, wheels={}, files={"a/main.py": "cHJpbnQoKQ=="})["environment"]
-        assert ask(folder, "find", **fields)["ready"]
+        assert not ask(folder, "building.find", **fields)["ready"]
+        made = ask(folder, "building.build", **fields, wheels={}, files={"a/main.py": "cHJpbnQoKQ=="})["environment"]
+        assert ask(folder, "building.find", **fields)["ready"]
         assert Path(made["workloads"], "a/main.py").read_text() == "print()"
         remove_old_files(folder / made["name"])
     assert [path.name for path in folder.iterdir() if not path.name.startswith(".")] == [made["name"]]
@@ -83,13 +84,13 @@ def test_packages_whose_old_files_were_removed_are_not_used(folder: Path) -> Non
     store(
         str(folder / "old" / HERE), {**dict.fromkeys(releases.NEEDED), "name": "old", "layer": layer, "python": "/bin"}
     )
-    ask(folder, "publish", groups={"": "old"}, about={})
-    assert ask(folder, "published", group="")["environment"]["name"] == "old"
+    ask(folder, "releases.publish", groups={"": "old"}, about={})
+    assert ask(folder, "releases.published", group="")["environment"]["name"] == "old"
     assert wanted(folder)["installed"]
     remove_old_files(folder / "packages")
     assert not wanted(folder)["installed"]
     with pytest.raises(RequestError, match=r"not whole any more.* Publish again:\nscripts/deploy_environment.py$"):
-        ask(folder, "published", group="")
+        ask(folder, "releases.published", group="")
 
 
 def test_what_nobody_needs_is_removed_with_the_last_environment(folder: Path) -> None:
@@ -102,7 +103,7 @@ def test_what_an_upload_has_left_is_removed_though_no_environment_is(folder: Pat
     left.mkdir()
     (left / "huge-1.0-py3-none-any.whl.0123456789abcdef.part").touch()
     os.utime(left, (LONG_AGO, LONG_AGO))
-    assert ask(folder, "remove", names=[])["removed"] == []
+    assert ask(folder, "releases.remove", names=[])["removed"] == []
     assert [path.name for path in (folder / "wheels").iterdir()] == ["0123"]
 
 
@@ -112,7 +113,7 @@ def test_packages_that_a_client_has_found_stay_until_it_has_built_its_environmen
 
 
 def test_a_wheel_that_a_client_does_not_send_again_stays_until_it_has_built_its_environment(folder: Path) -> None:
-    assert ask(folder, "missing", wheels=[WHEEL, "4567/new-1.0-py3-none-any.whl"])["missing"] == [
+    assert ask(folder, "building.missing", wheels=[WHEEL, "4567/new-1.0-py3-none-any.whl"])["missing"] == [
         "4567/new-1.0-py3-none-any.whl"
     ]
     assert remains(folder) == ["wheels"]
@@ -143,5 +144,5 @@ def test_a_file_that_cannot_be_removed_yet_blocks_nobody(folder: Path, monkeypat
     assert remains(folder, "other") == ["packages"]
     assert {*folder.glob("*.old"), *(folder / "packages").iterdir()} == left
     is_open = False
-    ask(folder, "publish", groups={}, about={})
+    ask(folder, "releases.publish", groups={}, about={})
     assert [*folder.glob("*.old"), *(folder / "packages").iterdir()] == []

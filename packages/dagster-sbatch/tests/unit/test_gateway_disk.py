@@ -74,7 +74,7 @@ def test_a_file_system_without_locks_is_refused(code: int, prepare: Prepare, tmp
         lambda: gateway.claim(f"{tmp_path}/base/runs", "family", "token", "me"),
         lambda: submit_run(gateway, f"{tmp_path}/base/runs/KEY", {"job.sh": ""}),
         lambda: send_file(gateway, ROOT / "README.md", f"{tmp_path}/base/environments/wheels/x"),
-        lambda: gateway.ask(do="releases.environment", verb="roll_back", folder=f"{tmp_path}/base/environments"),
+        lambda: gateway.ask(do="releases.roll_back", folder=f"{tmp_path}/base/environments"),
     ):
         with pytest.raises(RefusedError, match=rf"no file locks \(flock: {os.strerror(code)}\).*another file system"):
             ask()
@@ -117,7 +117,7 @@ def test_a_folder_that_others_can_change_is_refused(place: str, fault: str, prep
 
     def ask() -> None:
         if "environments" in place:
-            gateway.ask(do="releases.environment", verb="inventory", folder=f"{tmp_path}/base/environments")
+            gateway.ask(do="releases.inventory", folder=f"{tmp_path}/base/environments")
         else:
             gateway.claim(f"{tmp_path}/base/runs", "family", "token", "me")
 

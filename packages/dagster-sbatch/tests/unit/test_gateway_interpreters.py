@@ -103,11 +103,11 @@ def test_production_refuses_an_environment_whose_interpreter_was_removed(
     python.symlink_to(interpreter.path)
     content = {**dict.fromkeys(releases.NEEDED), "name": "a1", "python": str(python)}
     store(str(environment / HERE), content)
-    releases.publish({**ask, "groups": {"": "a1"}, "about": {}}, None)
-    assert releases.published(ask, None)["environment"]["name"] == "a1"
+    releases.publish(None, {**ask, "groups": {"": "a1"}, "about": {}}, None)
+    assert releases.published(None, ask, None)["environment"]["name"] == "a1"
     interpreter.path.unlink()
     with pytest.raises(RequestError, match=rf"^{python} leads to a Python that was removed from .* Publish .*\n"):
-        releases.published(ask, None)
+        releases.published(None, ask, None)
 
 
 SETUP = """\

@@ -266,7 +266,7 @@ def ask_slow_agent(kind: str, error: type[Exception], monkeypatch: pytest.Monkey
     set_clock(monkeypatch, lambda: clock.now)
     monkeypatch.setattr("random.uniform", lambda _, most: most)
     with pytest.raises(error):
-        link.Link(agent, clock).ask(do="releases.environment")
+        link.Link(agent, clock).ask(do="building.build")
     return [asked - ended for asked, ended in zip(agent.asked[1:], agent.ended, strict=False)]
 
 

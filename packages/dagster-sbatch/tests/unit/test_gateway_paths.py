@@ -118,7 +118,7 @@ def test_environments_get_absolute_paths(home: Home, open_gateway: Callable[[], 
     ask = {"setup": [], "candidates": [], "oldest": [3, 0], "newest": [3, 99], "lock": "", "modules": [], "code": {}}
     python = {"asked": "$DATA/python", "asked_by": "SLURM_PYTHON", "python": "$DATA/python"}
     folder = "$DATA/environments"
-    found = open_gateway().ask(do="releases.environment", verb="find", folder=folder, **ask, **python)["environment"]
+    found = open_gateway().ask(do="building.find", folder=folder, **ask, **python)["environment"]
     assert (found["asked"], found["python"]) == ("$DATA/python", f"{home.folder}/data/python")
     assert found["workloads"] == f"{home.folder}/data/environments/{found['name']}/workloads"
 

@@ -20,7 +20,7 @@ LOOKS: dict[str, Callable[[Path], object]] = {
     ".bashrc": lambda _: paths.stamps(),
     "python": lambda base: interpreters.stamp({"python": f"{base}/python"}, {"executable": f"{base}/python"}),
     "packages": lock_environments,
-    "environment": lambda base: releases.inventory({"folder": str(base)}, None),
+    "environment": lambda base: releases.inventory(None, {"folder": str(base)}, None),
     "wheel": lambda base: releases.idle(str(base)),
     "KEY-1": lambda base: claims.clean(None, {"runs": str(base), "names": ["KEY-1"]}, None),
     "KEY-1.node-1.new": lambda base: claims.clean(None, {"runs": str(base), "names": []}, None),

@@ -162,11 +162,11 @@ class Environments:
 
         Raises RefusedError: it does not run on the login node, is too old, or cannot import dagster_pipes.
         """
-        self._ask("check_interpreter", **self._describe(EnvironmentSpec(Code(Path(), {}), None, python)))
+        self._ask("building.check_interpreter", **self._describe(EnvironmentSpec(Code(Path(), {}), None, python)))
 
     def request_find(self, spec: EnvironmentSpec) -> dict[str, Any]:
         """Return the request of `compare`."""
-        return self._request("find", **self._describe(spec))
+        return self._request("building.find", **self._describe(spec))
 
     def compare(
         self, spec: EnvironmentSpec, folder: Path, progress: Progress, answer: Mapping[str, Any] | None = None
@@ -184,7 +184,7 @@ class Environments:
         wanted = f"Python {interpreter.version}, {interpreter.machine}"
         progress.step(f"fetching the wheels of {spec.lock.path.name} for {wanted}")
         wheels = gather_wheels(spec.lock, interpreter, folder, self._gateway.ping)
-        lacking = set(self._ask("missing", wheels=[wheel.place for wheel in wheels])["missing"])
+        lacking = set(self._ask("building.missing", wheels=[wheel.place for wheel in wheels])["missing"])
         return Comparison(
             environment, ready=False, wheels=wheels, missing=[wheel for wheel in wheels if wheel.place in lacking]
         )
@@ -197,7 +197,8 @@ class Environments:
                 return found.environment
             self._send(found.missing, progress)
             wheels = {wheel.place: wheel.digest for wheel in found.wheels}
-            built = self._ask("build", progress.step, **self._describe(spec), wheels=wheels, files=spec.code.encoded)
+            about = {**self._describe(spec), "wheels": wheels, "files": spec.code.encoded}
+            built = self._ask("building.build", progress.step, **about)
         return Environment.parse(built["environment"])
 
     def _send(self, wheels: Sequence[Wheel], progress: Progress) -> None:
@@ -212,7 +213,7 @@ class Environments:
 
     def request_published(self, group: str) -> dict[str, Any]:
         """Return the request of `published`."""
-        return self._request("published", group=group)
+        return self._request("releases.published", group=group)
 
     def published(self, group: str = DEFAULT, answer: Mapping[str, Any] | None = None) -> Published | None:
         """Return what production runs for a group; None if nothing was published.
@@ -232,16 +233,16 @@ class Environments:
         `environments`: by group, with that of DEFAULT.
         """
         groups = {group: environment.name for group, environment in environments.items()}
-        return bool(self._ask("publish", groups=groups, about={"revision": revision})["new"])
+        return bool(self._ask("releases.publish", groups=groups, about={"revision": revision})["new"])
 
     def roll_back(self) -> Mapping[str, Any]:
         """Let production run what was published before; return its `groups` and `revision`."""
-        entry: Mapping[str, Any] = self._ask("roll_back")["entry"]
+        entry: Mapping[str, Any] = self._ask("releases.roll_back")["entry"]
         return entry
 
     def inventory(self) -> list[EnvironmentListing]:
         """Return all environments that exist, the one used last first."""
-        answer = self._ask("inventory")
+        answer = self._ask("releases.inventory")
         marks: dict[str, str] = {}
         for mark, groups in zip(("before", "current"), answer["published"], strict=True):
             marks |= {name: f"{mark} {group}".strip() for group, name in groups.items()}
@@ -257,7 +258,7 @@ class Environments:
 
         An environment stays if production runs it or can go back to it, or if it was used within the last hour.
         """
-        removed: Sequence[str] = self._ask("remove", names=list(names))["removed"]
+        removed: Sequence[str] = self._ask("releases.remove", names=list(names))["removed"]
         return removed
 
     # Requests to the agent
@@ -268,8 +269,8 @@ class Environments:
             "candidates": list(self._site.python_candidates),
             "oldest": list(OLDEST),
             "newest": list(NEWEST),
-            "asked": spec.python,
-            "python": spec.python,
+            "asked": spec.python,  # as it is written: the name of the environment must not depend on a user's home
+            "python": spec.python,  # the agent replaces ~ and variables in it
             "asked_by": "SLURM_PYTHON" if spec.lock else "environment",
             "lock": spec.lock.digest if spec.lock else None,
             "modules": spec.modules,
@@ -280,4 +281,4 @@ class Environments:
         return self._gateway.ask(on_progress, **self._request(verb, **fields))
 
     def _request(self, verb: str, **fields: Any) -> dict[str, Any]:
-        return {"do": "releases.environment", "verb": verb, "folder": self._folder, **fields}
+        return {"do": verb, "folder": self._folder, **fields}

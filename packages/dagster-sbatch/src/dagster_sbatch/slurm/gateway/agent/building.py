@@ -17,7 +17,7 @@ import json
 import os
 import time
 
-from .disk import RequestError, inode_of, lock, names_in, own, remove_tree, store, unique
+from .disk import RequestError, check, inode_of, lock, names_in, own, remove_tree, store, unique
 from .interpreters import check_version, choose, dotted, in_setup, run, skeleton
 
 HERE, PACKAGES = "environment.json", "packages.json"  # whether they are there tells whether a folder is whole
@@ -25,6 +25,12 @@ FORMAT = 1  # part of every name: a new way of building makes new environments
 COMPILERS = 4  # processes, on a machine that is shared
 EXECUTABLE = " x"  # end of the digest of an executable file
 VERIFY = "import importlib, sys; [importlib.import_module(name) for name in sys.argv[1:]]"
+
+
+def refuse_changeable(folder):
+    """Refuse a folder of environments that others could change."""
+    for path in (os.path.join(folder, "packages"), os.path.join(folder, "wheels"), folder):
+        check(path)
 
 
 @contextlib.contextmanager
@@ -101,6 +107,7 @@ def hash_parts(*parts):
 
 def describe(ask):
     """Return the environment of a request: its name, and all that the name stands for."""
+    refuse_changeable(ask["folder"])
     found = choose(ask)
     check_version(ask, found)
     given = found.pop("given")
@@ -180,17 +187,17 @@ def verify(ask, content, python):
         raise RequestError("refused", text % values)
 
 
-# Verbs of `environment`
+# Requests
 
 
-def check_interpreter(ask, _):
+def check_interpreter(_, ask, __):
     """Refuse an interpreter that does not run here, is too old, or cannot import what every workload needs."""
     content = describe(ask)
     verify(ask, content, content["python"])
     return {}
 
 
-def find(ask, _):
+def find(_, ask, __):
     """Return the environment of a request, whether it is ready, and whether its packages are installed."""
     content = describe(ask)
     installed = not content["layer"] or is_whole(os.path.join(ask["folder"], "packages", content["layer"]), PACKAGES)
@@ -198,16 +205,17 @@ def find(ask, _):
     return {"environment": content, "ready": ready, "installed": installed}
 
 
-def missing(ask, _):
+def missing(_, ask, __):
     """Return those of some wheels (paths below the folder of wheels) that were not sent yet."""
+    refuse_changeable(ask["folder"])
     paths = {place: os.path.join(ask["folder"], "wheels", place) for place in ask["wheels"]}
     return {"missing": [place for place, path in paths.items() if not (touch(os.path.dirname(path)) and touch(path))]}
 
 
-def build(ask, say):
+def build(agent, ask, say):
     """Build an environment, unless it exists. It has to import what every workload needs."""
     with locked(ask["folder"], say):
-        found = find(ask, None)
+        found = find(agent, ask, say)
         content = found["environment"]
         if not found["ready"]:
             if not found["installed"]:

@@ -11,7 +11,6 @@ from contextlib import suppress
 
 from .disk import RequestError, load, names_in, open_locked, own, read, remove_tree, status_of, unique
 from .ends import UNKNOWN_JOB, state_of
-from .paths import with_paths
 from .run_directories import DAY, attempt_of, checked, has, job_of, may_have_job, record_of
 from .slurm_commands import ask_slurm, fields_of, keys_of
 from .tasks import is_array
@@ -106,10 +105,8 @@ def refuse_beside_lost(folder, beginning, jobs):
 
 def environment_of(agent, ask, say):
     """Return the answer to a request about an environment; None if that fails: a client that needs it asks again."""
-    from .releases import environment  # compiled where it is needed
-
     try:
-        return environment(agent, with_paths(agent.profile, ask), say)
+        return agent.answer(ask, say)
     except (RequestError, OSError):
         return None
 

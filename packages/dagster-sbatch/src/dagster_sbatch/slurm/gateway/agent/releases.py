@@ -4,8 +4,8 @@ import json
 import os
 import time
 
-from .building import HERE, PACKAGES, build, check_interpreter, drop, find, is_whole, locked, missing, remove_sealed
-from .disk import RequestError, check, inode_of, load, names_in, read, status_of, store
+from .building import HERE, PACKAGES, drop, is_whole, locked, refuse_changeable, remove_sealed
+from .disk import RequestError, inode_of, load, names_in, read, status_of, store
 
 PUBLISHED = "published.json"
 NEEDED = ("name", "kind", "python", "workloads", "asked", "lock", "code", "interpreter", "layer")  # of HERE
@@ -14,6 +14,7 @@ GRACE = 3600.0  # seconds in which a run may have found an environment, and not 
 
 def history(folder):
     """Return what production has run, the latest last: in `groups`, the name of an environment for each group."""
+    refuse_changeable(folder)
     path = os.path.join(folder, PUBLISHED)
     try:
         entries = json.loads(read(path).decode() or '{"history": []}')["history"]
@@ -66,10 +67,10 @@ def remove_unused(folder):
             remove_sealed(os.path.join(wheels, name))
 
 
-# Verbs of `environment`
+# Requests
 
 
-def published(ask, _):
+def published(_, ask, __):
     """Return what production runs for a group, and the record of its publication; None if nothing was published."""
     entries = history(ask["folder"])
     name = entries[-1]["groups"].get(ask["group"]) if entries else None
@@ -88,7 +89,7 @@ def published(ask, _):
     return {"environment": content, "entry": entries[-1]}
 
 
-def publish(ask, say):
+def publish(_, ask, say):
     """Let production run some environments from now on, one for each group."""
     folder, groups = ask["folder"], ask["groups"]
     with locked(folder, say):
@@ -100,7 +101,7 @@ def publish(ask, say):
     return {"new": new}
 
 
-def roll_back(ask, say):
+def roll_back(_, ask, say):
     """Let production run the environments before these ones again."""
     folder = ask["folder"]
     with locked(folder, say):
@@ -113,14 +114,14 @@ def roll_back(ask, say):
     return {"entry": before}
 
 
-def inventory(ask, _):
+def inventory(_, ask, __):
     """Return every environment with the time of its last use, and what was published before and is published now."""
     entries = history(ask["folder"])
     rows = [{"environment": content, "used": used} for content, used in environments(ask["folder"])]
     return {"found": rows, "published": [entry["groups"] for entry in ([{"groups": {}}] * 2 + entries)[-2:]]}
 
 
-def remove(ask, say):
+def remove(_, ask, say):
     """Remove some environments, then packages and wheels that no other needs."""
     folder, removed = ask["folder"], []
     with locked(folder, say):
@@ -133,20 +134,3 @@ def remove(ask, say):
                 removed.append(name)
         remove_unused(folder)
     return {"removed": removed}
-
-
-VERBS = {
-    verb.__name__: verb
-    for verb in (check_interpreter, find, missing, build, published, publish, roll_back, inventory, remove)
-}
-
-
-# Requests
-
-
-def environment(_, ask, say):
-    """Answer a request about environments, in a folder that nobody else can change."""
-    for name in ("packages", "wheels"):
-        check(os.path.join(ask["folder"], name))
-    check(ask["folder"])
-    return VERBS[ask["verb"]](ask, say)

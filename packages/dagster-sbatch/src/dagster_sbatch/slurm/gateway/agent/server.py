@@ -81,7 +81,7 @@ class Agent:
     def handle(self, ask):
         say = partial(self.say, ask.get("id"))
         try:
-            answer = find(ask["do"])(self, with_paths(self.profile, ask), say)
+            answer = self.answer(ask, say)
         except RequestError as error:
             answer = {"error": error.kind, "text": str(error)}
         except OSError as error:
@@ -98,6 +98,10 @@ class Agent:
             find("jobs.run")  # compiled while the client reads the answer: this is what it asks for next
         if answer and ask.get("do") == "claims.hold":  # the requests that follow could touch the jobs of another client
             self.leave()
+
+    def answer(self, ask, say):
+        """Return the answer to a request. RequestError, OSError: there is none."""
+        return find(ask["do"])(self, with_paths(self.profile, ask), say)
 
     @contextmanager
     def finishing(self):
