@@ -67,15 +67,16 @@ programs = [
 
 
 @dg.asset(
-    partitions_def=dg.DailyPartitionsDefinition("2021-01-01", end_date="2023-09-28"),
+    partitions_def=dg.DailyPartitionsDefinition("2021-01-01", end_date=os.environ["PROBE_END"]),
     backfill_policy=dg.BackfillPolicy.single_run(),
 )
 def weather(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
-    """The mean temperature of each of 1,000 days."""
+    """The mean temperature of each day."""
     return compute.run(
         context,
         workload=WORKLOADS / "weather.py",
         launcher=ScriptLauncher(),
+        args=[context.partition_keys[-1]],
         array=JobArray(partitions_per_task=10),
     ).get_materialize_result()
 

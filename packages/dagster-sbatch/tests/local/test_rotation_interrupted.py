@@ -14,14 +14,14 @@ from dagster_sbatch.auth.renew import refresh_lock
 from dagster_sbatch.settings import Settings
 from slurm_in_a_box import AuthentikControl, AuthentikServer
 from support import access
+from support.background import STRESS
 from support.rotation import check_one_working_pair, stored
 from support.rotation import later as later
 from support.rotation import settings as settings
 from support.rotation import variables as variables
 
 pytestmark = pytest.mark.local
-STRESS = os.environ.get("STRESS") == "1"
-ROUNDS = 30 if STRESS else 2
+ROUNDS = 30 if STRESS else 1
 
 
 def count_steps(variables: dict[str, str]) -> int:

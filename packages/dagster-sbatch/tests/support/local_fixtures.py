@@ -1,20 +1,27 @@
 """One `dagster dev` for all tests that need one; an authentik."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import dagster as dg
 import pytest
 
 from slurm_in_a_box import AuthentikControl, AuthentikServer
 from support import access
+from support.background import STRESS
 from support.dagster_dev import DagsterDev, beside_location
 from support.programs import make
+
+END = "2023-09-28" if STRESS or os.environ.get("UPDATE_SCREENSHOTS") else "2021-07-20"
+DAYS = dg.DailyPartitionsDefinition("2021-01-01", end_date=END).get_partition_keys()
+"""Partitions of the asset `weather`: 200, or 1,000 as in the documentation's picture."""
 
 SLEEPER = """\
 import os, pathlib, subprocess, time
 from dagster_pipes import decode_param, open_dagster_pipes
 with open_dagster_pipes() as pipes:
-    child = subprocess.Popen(["sleep", "600"])
+    child = subprocess.Popen(["sleep", "600"], start_new_session=True)  # as Ray starts its processes
     pids, rank = f"{os.getpid()} {child.pid} {os.getpgid(0)}", os.environ.get("RANK", "0")
     folder = pathlib.Path(os.environ["DATA_ROOT"])
     folder.mkdir(exist_ok=True)
@@ -70,7 +77,7 @@ pipes materialize --metadata lines=1000
 """
 
 WEATHER = """\
-import os, pathlib, time
+import os, pathlib, sys, time
 from dagster_pipes import open_dagster_pipes
 with open_dagster_pipes() as pipes:
     folder = pathlib.Path(os.environ["DATA_ROOT"])
@@ -78,12 +85,12 @@ with open_dagster_pipes() as pipes:
     days = pipes.extras["partition_keys"]
     (folder / f"weather-{pipes.run_id}-{days[0]}").touch()
     fixed = (folder / "weather-fixed").exists()
-    while days[-1] == "2023-09-27" and not (folder / "weather-seen").exists():
+    while days[-1] == sys.argv[1] and not (folder / "weather-seen").exists():
         time.sleep(0.1)
     for day in days:
-        if day in ("2021-08-04", "2022-02-17", "2022-02-28") and not fixed:
+        if day in ("2021-02-14", "2021-03-17", "2021-05-28") and not fixed:
             raise FileNotFoundError(f"no observations of {day}")
-        if day == "2023-03-05" and not fixed:
+        if day == "2021-06-05" and not fixed:
             raise ValueError("temperature of 451.0 degrees")
         numbers = {"mean_temperature": 9.0 + int(day[5:7]) - int(day[8:]) / 10}
         pipes.report_custom_message({"musica.partition": {"partition": day, "metadata": numbers}})
@@ -105,7 +112,8 @@ def dagster_dev(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DagsterDev
     make(workloads, PROGRAM_SLEEPER, "sleeper.sh")
     make(workloads, PROGRAM_TALKER, "talker.sh")
     location = Path(__file__).parents[1] / "local" / "probe_location.py"
-    variables = {"HOME": str(home), "DATA_ROOT": str(folder / "data"), "PROBE_WORKLOADS": str(workloads)}
+    variables = {"HOME": str(home), "DATA_ROOT": str(folder / "data")}
+    variables |= {"PROBE_WORKLOADS": str(workloads), "PROBE_END": END}
     with beside_location(location, folder / "project", variables) as started:
         yield started
 
