@@ -20,7 +20,7 @@ MUSICA: dict[str, Any] = {
             "qos": {
                 "zen4_0768": {"time_limit": "3-00"},
                 "dev_zen4_0768": {"time_limit": "10", "nodes": 2},
-                "idle_zen4_0768": {"preemptible": True},
+                "idle_zen4_0768": {},
                 "fast_zen4_0768": {"time_limit": "3-00"},
                 "long_zen4_0768": {},
             },
@@ -36,7 +36,7 @@ MUSICA: dict[str, Any] = {
             "qos": {
                 "zen4_0768_h100x4": {"time_limit": "3-00"},
                 "dev_zen4_0768_h100x4": {"time_limit": "10", "nodes": 2},
-                "idle_zen4_0768_h100x4": {"preemptible": True},
+                "idle_zen4_0768_h100x4": {},
                 "fast_zen4_0768_h100x4": {"time_limit": "3-00"},
                 "long_zen4_0768_h100x4": {},
             },

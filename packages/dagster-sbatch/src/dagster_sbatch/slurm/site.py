@@ -36,7 +36,6 @@ class Qos(_Part):
 
     time_limit: Time | None = Field(None, description="The longest time limit that it allows.")
     nodes: PositiveInt | None = Field(None, description="The most nodes that a user may have in it.")
-    preemptible: bool = Field(default=False, description="Slurm may end or requeue its jobs for other jobs.")
 
 
 class Partition(_Part):
