@@ -202,7 +202,8 @@ def _install(lock: "IO[str]") -> None:
     print(f"Setting up {VENV} with {'uv' if uv else 'pip'} (once; a minute or two) ...", file=sys.stderr, flush=True)
     passed_on = {name: value for name, value in os.environ.items() if PASSED_ON.fullmatch(name)}
     environment = {**passed_on, **SYSTEM_CERTIFICATES, **NOT_THE_USERS}
-    new.mkdir(parents=True, exist_ok=True)
+    new.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(str(new), ignore_errors=True)  # what a script that was killed has left: uv would refuse some of it
     OWNER.write_bytes(os.fsencode(str(ROOT)))
     for command in _uv_commands(uv, new) if uv else _pip_commands(new):
         done = subprocess.run(
@@ -257,7 +258,7 @@ def _path_without_venv() -> str:
 def _uv_commands(uv: str, new: Path) -> "list[list[str]]":
     python, project = str(new / "bin" / "python"), ["--no-deps", "--no-build-isolation", "--no-require-hashes"]
     return [
-        [uv, "venv", "--quiet", "--clear", "--python", f">={SUPPORTED[0]},<3.14", str(new)],
+        [uv, "venv", "--quiet", "--python", f">={SUPPORTED[0]},<3.14", str(new)],
         [uv, "pip", "sync", "--quiet", "--require-hashes", "--python", python, str(REQUIREMENTS)],
         [uv, "pip", "install", "--quiet", *project, "--python", python, *_editable()],
     ]
@@ -266,7 +267,7 @@ def _uv_commands(uv: str, new: Path) -> "list[list[str]]":
 def _pip_commands(new: Path) -> "list[list[str]]":
     pip = [str(new / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", "-qq", "--no-compile"]
     return [
-        [_interpreter(), "-m", "venv", "--clear", "--prompt", VENV.name, str(new)],
+        [_interpreter(), "-m", "venv", "--prompt", VENV.name, str(new)],
         [*pip, "--require-hashes", "--use-pep517", "--requirement", str(REQUIREMENTS)],
         [*pip, "--no-deps", "--no-build-isolation", *_editable()],
     ]
