@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from dagster_sbatch import clock
 from dagster_sbatch.auth import (
     AccessError,
     BootstrapError,
@@ -20,7 +21,6 @@ from dagster_sbatch.auth import (
     RejectedError,
     UnavailableError,
     check_health,
-    clock,
     ensure_certificate,
     refresh,
 )

@@ -10,8 +10,8 @@ import pytest
 
 from dagster_sbatch import ConfigurationError, Retries, SlurmRequest
 from dagster_sbatch.slurm import allocate, render_job_script
-from dagster_sbatch.slurm.allocation import next_request
 from dagster_sbatch.slurm.request import Fault
+from dagster_sbatch.slurm.retries import next_request
 from resources import PROJECT
 from slurm_in_a_box import CPU_PARTITION, GPU_PARTITION, SimulatedSite
 

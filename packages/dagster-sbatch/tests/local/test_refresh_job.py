@@ -12,7 +12,8 @@ import pytest
 from dagster._core.remote_origin import RegisteredCodeLocationOrigin, RemoteJobOrigin, RemoteRepositoryOrigin
 from dagster._core.test_utils import freeze_time
 
-from dagster_sbatch.auth import check_health, clock
+from dagster_sbatch import clock
+from dagster_sbatch.auth import check_health
 from dagster_sbatch.auth.keys import certificate_path
 from jobs.credentials import access_health, musica_access, refresh_credentials_job, refresh_credentials_sensor
 from slurm_in_a_box import AuthentikControl, AuthentikServer, Disturbance

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from dagster_sbatch import clock
 from dagster_sbatch.auth import (
     AccessError,
     BootstrapError,
@@ -15,7 +16,6 @@ from dagster_sbatch.auth import (
     RejectedError,
     UnavailableError,
     check_health,
-    clock,
     http,
     refresh,
 )

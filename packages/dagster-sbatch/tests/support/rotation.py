@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dagster_sbatch.auth import clock, refresh
+from dagster_sbatch import clock
+from dagster_sbatch.auth import refresh
 from dagster_sbatch.auth.credentials_file import Credentials
 from dagster_sbatch.auth.http import public_trust
 from dagster_sbatch.settings import Settings

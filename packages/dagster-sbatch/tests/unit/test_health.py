@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dagster_sbatch.auth import AccessError, BootstrapError, check_health, clock, ensure_certificate, refresh
+from dagster_sbatch import clock
+from dagster_sbatch.auth import AccessError, BootstrapError, check_health, ensure_certificate, refresh
 from dagster_sbatch.auth.credentials_file import Credentials, Secret, Source
 from dagster_sbatch.auth.http import Http
 from dagster_sbatch.auth.keys import certificate_path

@@ -15,8 +15,8 @@ from dagster_sbatch.run.compute import ComputeResource
 from dagster_sbatch.run.past_use import last_proposals, past_uses, proposal_metadata
 from dagster_sbatch.slurm import SlurmRequest, allocate
 from dagster_sbatch.slurm.accounting import count
-from dagster_sbatch.slurm.allocation import check_retries
 from dagster_sbatch.slurm.gateway import JobEnd, Projects
+from dagster_sbatch.slurm.retries import check_retries
 from resources import PROJECT
 
 SITE = PROJECT.load_site("musica")

@@ -19,9 +19,9 @@ from dagster_sbatch.run.attempts import (
 )
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Site, allocate, render_job_script
-from dagster_sbatch.slurm.allocation import check_retries, next_request
 from dagster_sbatch.slurm.gateway import JobEnd
 from dagster_sbatch.slurm.request import Fault
+from dagster_sbatch.slurm.retries import check_retries, next_request
 from resources import PROJECT
 from support.claims import single_job
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Literal
 
-from dagster_sbatch.auth import clock
+from dagster_sbatch import clock
 from dagster_sbatch.auth.keys import Certificate, certificate_path
 from dagster_sbatch.auth.refresh_failures import Failing, Part
 from dagster_sbatch.auth.ways import AccessState, read_access

@@ -8,7 +8,7 @@ import hashlib
 import ssl
 from datetime import datetime, timedelta
 
-from dagster_sbatch.auth import clock
+from dagster_sbatch import clock
 from dagster_sbatch.auth.access_errors import ClockError, MisconfiguredError, RejectedError
 from dagster_sbatch.auth.authentik import OidcToken
 from dagster_sbatch.auth.http import Http

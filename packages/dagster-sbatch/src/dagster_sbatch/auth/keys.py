@@ -8,8 +8,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dagster_sbatch import clock
 from dagster_sbatch.atomic_write import replace_file
-from dagster_sbatch.auth import clock
 from dagster_sbatch.auth.access_errors import AccessError, ClockError, MisconfiguredError, UnsafeFileError
 from dagster_sbatch.settings import Settings
 

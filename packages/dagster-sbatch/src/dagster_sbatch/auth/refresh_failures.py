@@ -8,8 +8,8 @@ from typing import Literal
 
 from pydantic import TypeAdapter
 
+from dagster_sbatch import clock
 from dagster_sbatch.atomic_write import replace_file
-from dagster_sbatch.auth import clock
 from dagster_sbatch.auth.access_errors import AccessError, RejectedError, UnavailableError
 
 Part = Literal["certificate", "rotation"]

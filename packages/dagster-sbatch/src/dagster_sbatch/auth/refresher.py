@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
 
+from dagster_sbatch import clock
 from dagster_sbatch.atomic_write import remove_half_written
-from dagster_sbatch.auth import clock
 from dagster_sbatch.auth.access_errors import AccessError, RejectedError, UnavailableError
 from dagster_sbatch.auth.authentik import APP_BUTTON, Authentik, OidcToken, request_oidc_token
 from dagster_sbatch.auth.credentials_file import Source, explained

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
-from dagster_sbatch.auth import clock
+from dagster_sbatch import clock
 from dagster_sbatch.auth.access_errors import AccessError, MisconfiguredError, UnavailableError
 from dagster_sbatch.auth.credentials_file import explained
 from dagster_sbatch.auth.keys import Certificate

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from dagster_sbatch.auth import clock
+from dagster_sbatch import clock
 from dagster_sbatch.auth.access_errors import AccessError, BootstrapError, RejectedError, UnsafeFileError
 from dagster_sbatch.auth.authentik import API_BUTTON, APP_BUTTON
 from dagster_sbatch.auth.credentials_file import Credentials, Source

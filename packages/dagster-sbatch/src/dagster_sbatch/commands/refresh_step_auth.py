@@ -4,16 +4,8 @@ import json
 import sys
 from pathlib import Path
 
-from dagster_sbatch.auth import (
-    AccessError,
-    AccessHealth,
-    BootstrapError,
-    HealthItem,
-    Report,
-    check_health,
-    clock,
-    refresh,
-)
+from dagster_sbatch import clock
+from dagster_sbatch.auth import AccessError, AccessHealth, BootstrapError, HealthItem, Report, check_health, refresh
 from dagster_sbatch.auth.keys import certificate_path
 from dagster_sbatch.auth.ways import read_access
 from dagster_sbatch.commands.command_line import entry_point, make_parser, print_table

@@ -11,10 +11,10 @@ from dagster_sbatch.costs.cost import explain_excess
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Allocation, SlurmRequest, accounting
-from dagster_sbatch.slurm.allocation import RETRIED_FIELDS, Next, next_request
 from dagster_sbatch.slurm.gateway import JobEnd
 from dagster_sbatch.slurm.outcome import Outcome, find_fault, judge
 from dagster_sbatch.slurm.request import COST_LIMITS, Fault
+from dagster_sbatch.slurm.retries import RETRIED_FIELDS, Next, next_request
 
 ATTEMPTS = "attempts"  # key of a record, and name of the metadata
 CHANGED = "changed_request"  # key of a record

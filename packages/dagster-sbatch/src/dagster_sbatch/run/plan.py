@@ -16,7 +16,7 @@ from dagster_sbatch.run.imports import find_hidden, find_missing
 from dagster_sbatch.run.workload import UNFIT, Workload, fits, read_workload
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Allocation, Site, SlurmRequest, allocate, render_start
-from dagster_sbatch.slurm.allocation import check_retries
+from dagster_sbatch.slurm.retries import check_retries
 from dagster_sbatch.slurm.units import count_of
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")

@@ -7,7 +7,7 @@ from typing import Any
 
 import dagster as dg
 
-from dagster_sbatch.auth.clock import written
+from dagster_sbatch.clock import written
 from dagster_sbatch.environments.deployed import Environment
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.run.adoption import Choice

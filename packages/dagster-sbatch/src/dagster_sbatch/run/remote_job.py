@@ -6,7 +6,7 @@ from typing import Any
 
 import dagster as dg
 
-from dagster_sbatch.auth.clock import written
+from dagster_sbatch.clock import written
 from dagster_sbatch.environments.deployed import Environment
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.run.array_results import attempts_metadata
@@ -19,10 +19,10 @@ from dagster_sbatch.run.remote_step import RemoteStep
 from dagster_sbatch.run.results import complete, partitions_of
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import SlurmRequest, accounting
-from dagster_sbatch.slurm.allocation import Next
 from dagster_sbatch.slurm.gateway import JobEnd, JobState, RefusedError, StoppedError, Submitted
 from dagster_sbatch.slurm.outcome import CAUSES, Outcome, advise, explain_stderr
 from dagster_sbatch.slurm.request import Fault
+from dagster_sbatch.slurm.retries import Next
 
 RETRY_SECONDS = 10.0  # before the same request is submitted again
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from dagster_sbatch.slurm.accounting import explain_idle_end
-from dagster_sbatch.slurm.allocation import suggest
 from dagster_sbatch.slurm.gateway import MESSAGES, JobEnd, Projects, charged_project
 from dagster_sbatch.slurm.request import Fault, SlurmRequest
+from dagster_sbatch.slurm.retries import suggest
 from dagster_sbatch.slurm.units import format_time
 
 _RAN_OUT_OF_MEMORY = "ran out of memory"

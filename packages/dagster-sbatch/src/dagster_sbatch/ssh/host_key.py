@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dagster_sbatch.auth import clock
+from dagster_sbatch import clock
 from dagster_sbatch.auth.keys import Certificate, fingerprint
 from dagster_sbatch.ssh import HostKeyError
 

@@ -9,7 +9,7 @@ import paramiko
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from dagster_sbatch.auth import clock
+from dagster_sbatch import clock
 from dagster_sbatch.auth.keys import (
     Certificate,
     CertificateError,

@@ -9,7 +9,8 @@ from typing import Any
 import dagster as dg
 from pydantic import BaseModel, ValidationError
 
-from dagster_sbatch.auth import AccessError, AccessHealth, Report, check_health, clock, refresh
+from dagster_sbatch import clock
+from dagster_sbatch.auth import AccessError, AccessHealth, Report, check_health, refresh
 from dagster_sbatch.auth.refresh_failures import pause_end
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.project import Project

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import dagster as dg
 
-from dagster_sbatch.auth import check_health, clock, ensure_certificate
+from dagster_sbatch import clock
+from dagster_sbatch.auth import check_health, ensure_certificate
 from dagster_sbatch.auth.keys import fingerprint
 from dagster_sbatch.configuration import check_configuration
 from dagster_sbatch.errors import ConfigurationError, describe_instance_error

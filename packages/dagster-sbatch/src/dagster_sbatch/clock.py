@@ -1,4 +1,4 @@
-"""The time of this machine: read in one place, so that tests can move it."""
+"""The time of this machine, read in one place, so that tests can move it; times as text."""
 
 from datetime import UTC, datetime
 
