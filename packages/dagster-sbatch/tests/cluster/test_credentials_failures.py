@@ -17,7 +17,6 @@ from dagster_sbatch.auth import (
     AccessError,
     BootstrapError,
     ClockError,
-    MisconfiguredError,
     RejectedError,
     UnavailableError,
     check_health,
@@ -176,7 +175,7 @@ def test_a_refusal_of_the_ca_is_told_and_costs_few_tokens(site: SimulatedSite, v
 def test_a_wrong_fingerprint_stops_before_the_token_leaves(site: SimulatedSite, variables: dict[str, str]) -> None:
     refresh(access.settings_of(variables), certificate="no")
     wrong = {"ASC_STEP_FINGERPRINT": "0" * 64}
-    with pytest.raises(MisconfiguredError, match="ASC_STEP_FINGERPRINT=0000"):
+    with pytest.raises(AccessError, match="ASC_STEP_FINGERPRINT=0000"):
         ensure_certificate(access.settings_of({**variables, **wrong}))
 
 
@@ -186,7 +185,7 @@ def test_a_ca_with_another_root_than_it_says_is_not_spoken_to(
     """Somebody in between answers with a root of his own."""
     server = _Impostor(tmp_path, site)
     try:
-        with pytest.raises(MisconfiguredError, match="somebody is between you and it"):
+        with pytest.raises(AccessError, match="somebody is between you and it"):
             ensure_certificate(access.settings_of({**variables, "ASC_STEP_CA_URL": server.url}))
         assert server.posts == 0
     finally:

@@ -12,7 +12,6 @@ from dagster_sbatch import clock
 from dagster_sbatch.auth import (
     AccessError,
     BootstrapError,
-    MisconfiguredError,
     RejectedError,
     UnavailableError,
     check_health,
@@ -184,7 +183,7 @@ def test_a_token_of_another_user_is_refused_before_anything_is_made(
     control.create_user("colleague")
     token = control.create_token("colleague", "api", "theirs")
     settings = access.settings_of({**variables, "ASC_AUTHENTIK_API_TOKEN": token})
-    with pytest.raises(MisconfiguredError, match="belongs to 'colleague', not to ASC_OIDC_USERNAME=xy12345"):
+    with pytest.raises(AccessError, match="belongs to 'colleague', not to ASC_OIDC_USERNAME=xy12345"):
         refresh(settings, rotation="now", certificate="no")
     assert [each.identifier for each in control.tokens("colleague")] == ["theirs"]
 
@@ -360,7 +359,7 @@ def test_a_new_pair_that_does_not_work_is_not_taken(
 
     with monkeypatch.context() as patch:
         patch.setattr(Authentik, "view_key", view_and_delete)
-        with pytest.raises(MisconfiguredError, match="authentik refuses a secret that it has just made"):
+        with pytest.raises(AccessError, match="authentik refuses a secret that it has just made"):
             refresh(later, rotation="now", certificate="no")
     assert check_one_working_pair(later, control).api_token == before.api_token  # what was made is gone again
     in_days(monkeypatch, 0.01)  # the pause is over

@@ -13,7 +13,6 @@ import pytest
 from dagster_sbatch.auth import (
     AccessError,
     BootstrapError,
-    MisconfiguredError,
     RejectedError,
     UnavailableError,
     check_health,
@@ -148,7 +147,7 @@ def test_nothing_is_left_by_a_bootstrap_that_fails(
         denied(control)
     chosen = {**variables, **wrong, "ASC_AUTHENTIK_API_TOKEN": access.bootstrap_token(control)}
     for _ in range(3):
-        with pytest.raises(MisconfiguredError, match=r"ASC_OIDC_CLIENT_ID=.*(Ask the centre|documentation has it)"):
+        with pytest.raises(AccessError, match=r"ASC_OIDC_CLIENT_ID=.*(Ask the centre|documentation has it)"):
             refresh(access.settings_of(chosen), rotation="now", certificate="no")
         assert access.made_here(control) == set()
     assert stored(access.settings_of(chosen)).api_token is None
@@ -343,7 +342,7 @@ def test_a_token_that_is_of_no_use_is_told_with_its_cause(
 ) -> None:
     answer = HttpAnswer(200, {"id_token": id_token} if id_token else {"access_token": "test-secret"}, None)
     monkeypatch.setattr(Http, "call", lambda *_, **__: answer)
-    with pytest.raises(MisconfiguredError, match=words) as error:
+    with pytest.raises(AccessError, match=words) as error:
         request_oidc_token(access.settings_of(variables), "x", Http())
     assert str(error.value).endswith("ask the centre")
     assert "test-secret" not in str(error.value)
@@ -374,7 +373,7 @@ def test_the_way_into_a_run_names_a_stale_list_of_authorities(
     monkeypatch.setenv("SSL_CERT_FILE", "/nonexistent/ca.pem")
     chosen = {**variables, "ASC_OIDC_TOKEN_URL": "https://127.0.0.1:1/", "ASC_OIDC_APP_PASSWORD": "test-app-password"}
     settings = access.settings_of(chosen)
-    with pytest.raises(MisconfiguredError, match=r"SSL_CERT_FILE=/nonexistent/ca\.pem cannot be used") as error:
+    with pytest.raises(AccessError, match=r"SSL_CERT_FILE=/nonexistent/ca\.pem cannot be used") as error:
         ensure_certificate(settings)
     assert not error.value.temporary
     assert "SSL_CERT_FILE" in check_health(settings).summary

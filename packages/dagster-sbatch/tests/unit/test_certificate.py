@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from dagster_sbatch.auth import (
-    MisconfiguredError,
+    AccessError,
     UnsafeFileError,
     ensure_certificate,
     replace_refused_certificate,
@@ -171,7 +171,7 @@ def test_a_public_half_without_its_key_is_left_alone(key: Path) -> None:
     write_key(key)
     public = public_path(key).read_text()
     key.unlink()
-    with pytest.raises(MisconfiguredError, match="is there without its private key"):
+    with pytest.raises(AccessError, match="is there without its private key"):
         ensure_key(key)
     assert public_path(key).read_text() == public
     assert not key.exists()

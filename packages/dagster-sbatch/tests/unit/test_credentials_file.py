@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from dotenv import dotenv_values
 
-from dagster_sbatch.auth import MisconfiguredError, UnsafeFileError, refresh
+from dagster_sbatch.auth import AccessError, UnsafeFileError, refresh
 from dagster_sbatch.auth.credentials_file import Credentials, Secret
 from support import access
 
@@ -170,7 +170,7 @@ def test_a_folder_or_a_pipe_in_its_place_is_refused(path: Path) -> None:
 
 def test_a_value_that_the_shell_would_change_is_not_kept(path: Path) -> None:
     PAIR.write(path)
-    with pytest.raises(MisconfiguredError, match="ASC_AUTHENTIK_API_TOKEN has characters") as error:
+    with pytest.raises(AccessError, match="ASC_AUTHENTIK_API_TOKEN has characters") as error:
         Credentials(api_token=Secret("a$(rm)b")).write(path)
     assert "rm" not in str(error.value)
     assert Credentials.read(path) == PAIR

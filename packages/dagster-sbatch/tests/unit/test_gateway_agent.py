@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from dagster_sbatch.auth import MisconfiguredError
+from dagster_sbatch.auth import AccessError
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm.gateway import (
@@ -335,7 +335,7 @@ def test_a_login_that_has_worked_and_is_refused_is_tried_again(
     monkeypatch.setattr(link, "DENIED_PAUSE", 0.01)
     local = choose_channel(Settings.model_validate({"SLURM_EDGE_NODE_HOST": "localhost"}), (), lambda _: None)
     told: list[str] = []
-    refusals = [AuthenticationError("no"), MisconfiguredError("what to do"), AuthenticationError("no")]
+    refusals = [AuthenticationError("no"), AccessError("what to do"), AuthenticationError("no")]
 
     def open_channel() -> Channel:
         if refusals:
@@ -361,7 +361,7 @@ def test_a_login_that_has_worked_and_is_refused_is_tried_again(
         SshError("no common algorithm"),
         ConfigurationError("~/.ssh/config: ProxyCommand is not supported"),
         AuthenticationError("no"),
-        MisconfiguredError("what to do"),
+        AccessError("what to do"),
     ],
     ids=lambda error: type(error).__name__,
 )

@@ -13,7 +13,7 @@ import certifi
 import httpx
 import pytest
 
-from dagster_sbatch.auth import AccessError, MisconfiguredError, UnavailableError, ensure_certificate
+from dagster_sbatch.auth import AccessError, UnavailableError, ensure_certificate
 from dagster_sbatch.auth.authentik import request_oidc_token
 from dagster_sbatch.auth.http import Http, HttpAnswer, proxy_for
 from dagster_sbatch.slurm.gateway.channel import Channel
@@ -127,7 +127,7 @@ def test_a_stale_list_of_authorities_is_named_and_is_not_temporary(
         path.write_text({"empty": "", "rubbish": "not a certificate"}[kind])
     monkeypatch.setenv("SSL_CERT_FILE", str(path))
     error = failure("https://127.0.0.1:1/")
-    assert isinstance(error, MisconfiguredError)
+    assert isinstance(error, AccessError)
     assert not error.temporary
     assert str(error).startswith(f"The list of trusted authorities SSL_CERT_FILE={path} cannot be used: ")
     assert str(error).endswith("\n  unset SSL_CERT_FILE")
@@ -200,7 +200,7 @@ def test_no_proxy_excepts_domains(monkeypatch: pytest.MonkeyPatch, entry: str, h
 def test_a_proxy_that_is_not_supported_is_named(monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
     monkeypatch.setenv("ALL_PROXY", f"{scheme}://user:test-password@127.0.0.1:1080")
     error = failure("https://auth.example.test/")
-    assert isinstance(error, MisconfiguredError)
+    assert isinstance(error, AccessError)
     assert str(error).startswith(f"The proxy ALL_PROXY={scheme}://127.0.0.1:1080 cannot be used: ")
     assert str(error).endswith("\n  export NO_PROXY=auth.example.test")
 
@@ -218,7 +218,7 @@ def test_a_malformed_proxy_is_named_without_its_password(
 ) -> None:
     monkeypatch.setenv(variable, value)
     error = failure("https://auth.example.test/")
-    assert isinstance(error, MisconfiguredError)
+    assert isinstance(error, AccessError)
     assert str(error).startswith(f"The proxy {variable.upper()}=http://")
     assert " cannot be " in str(error)
     assert "\n  export NO_PROXY=auth.example.test" in str(error)
@@ -272,7 +272,7 @@ def test_a_run_waits_for_an_outage_and_fails_at_a_stale_variable(
         raise AssertionError("there is a certificate")
 
     link = Link(open_channel, on_trouble=heard)
-    with pytest.raises(MisconfiguredError, match=r"SSL_CERT_FILE=/nonexistent/ca\.pem cannot be used"):
+    with pytest.raises(AccessError, match=r"SSL_CERT_FILE=/nonexistent/ca\.pem cannot be used"):
         link.ask(do="describe")
     (text,) = told
     assert text.startswith(
@@ -295,7 +295,7 @@ def test_an_error_page_that_is_not_the_servers_own_is_temporary(server: Server, 
 
 def test_a_page_that_is_no_error_is_another_server(server: Server) -> None:
     server.body = b"<html>Welcome</html>"
-    assert isinstance(failure(server.url), MisconfiguredError)
+    assert isinstance(failure(server.url), AccessError)
 
 
 def test_temporary_failures_are_tried_again_and_others_are_not(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,7 +308,7 @@ def test_temporary_failures_are_tried_again_and_others_are_not(server: Server, m
         soon.setattr("dagster_sbatch.auth.http.BUDGET_SECONDS", 0)
         Http().call("GET", server.url)
     server.status = 302
-    with pytest.raises(MisconfiguredError, match="has moved to"):
+    with pytest.raises(AccessError, match="has moved to"):
         Http().call("GET", server.url)
     assert len(server.seen) == 4
 
@@ -321,12 +321,12 @@ def test_temporary_failures_are_tried_again_and_others_are_not(server: Server, m
     ],
 )
 def test_an_address_that_is_none_is_told_as_such(url: str) -> None:
-    assert isinstance(failure(url), MisconfiguredError)
+    assert isinstance(failure(url), AccessError)
 
 
 def test_a_token_that_is_not_an_object_is_told_as_such(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     settings = access.settings_of(access.environment(NOBODY, tmp_path))
     for token in ("e30.W10.x", 5):  # in base64, W10 is []
         monkeypatch.setattr(Http, "call", lambda *_, token=token, **__: HttpAnswer(200, {"id_token": token}, None))
-        with pytest.raises(MisconfiguredError, match="is missing or cannot be read"):
+        with pytest.raises(AccessError, match="is missing or cannot be read"):
             request_oidc_token(settings, "x", Http())

@@ -8,7 +8,6 @@ import pytest
 from dagster_sbatch.auth import (
     AccessError,
     BootstrapError,
-    MisconfiguredError,
     Report,
     check_health,
     ensure_certificate,
@@ -46,7 +45,7 @@ def key(variables: dict[str, str]) -> Path:
 def test_with_a_key_nothing_is_to_be_done(settings: Settings) -> None:
     assert ensure_certificate(settings) is None
     assert refresh(settings, certificate="now") == Report()
-    with pytest.raises(MisconfiguredError, match="is a plain key and no ASC_ variable is set"):
+    with pytest.raises(AccessError, match="is a plain key and no ASC_ variable is set"):
         refresh(settings, rotation="now")
 
 

@@ -8,7 +8,6 @@ from dagster_sbatch.auth.access_errors import (
     AccessError,
     BootstrapError,
     ClockError,
-    MisconfiguredError,
     RejectedError,
     UnavailableError,
     UnsafeFileError,

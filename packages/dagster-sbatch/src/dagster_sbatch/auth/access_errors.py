@@ -2,7 +2,7 @@
 
 
 class AccessError(Exception):
-    """There is no access, or it could not be renewed."""
+    """There is no access, or it could not be renewed. Of no other class: a setting or an answer is wrong."""
 
     temporary = False  # a later retry may succeed without any change
 
@@ -13,10 +13,6 @@ class BootstrapError(AccessError):
 
 class RejectedError(AccessError):
     """A server does not accept a credential, and will not later: a person has to act."""
-
-
-class MisconfiguredError(AccessError):
-    """A setting, or what a server answers, cannot be right."""
 
 
 class UnsafeFileError(AccessError):

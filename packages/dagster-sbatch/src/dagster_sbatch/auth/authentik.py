@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from dagster_sbatch.auth.access_errors import MisconfiguredError, RejectedError, UnavailableError
+from dagster_sbatch.auth.access_errors import AccessError, RejectedError, UnavailableError
 from dagster_sbatch.auth.http import TRIES, Http, HttpAnswer
 from dagster_sbatch.settings import Settings
 
@@ -43,9 +43,7 @@ class Authentik:
         try:
             return str(answer.data["user"]["username"])
         except (TypeError, KeyError):
-            raise MisconfiguredError(
-                f"{self._base}{_ME} answered without a user ({answer.reason}). {_ADDRESS}"
-            ) from None
+            raise AccessError(f"{self._base}{_ME} answered without a user ({answer.reason}). {_ADDRESS}") from None
 
     def create(self, identifier: str, intent: Intent) -> datetime:
         """Make a token of that name; return when it expires, by the server's clock (NEVER if it does not).
@@ -57,7 +55,7 @@ class Authentik:
         if answer.status == 400 and "identifier" in (answer.data or {}):
             answer = self._call("GET", f"/tokens/{identifier}/")
         if answer.status == 403:
-            raise MisconfiguredError(
+            raise AccessError(
                 f"authentik does not allow this user to make tokens ({answer.reason}). Ask the centre to allow it"
             )
         try:
@@ -65,7 +63,7 @@ class Authentik:
             return datetime.fromisoformat(written).astimezone(UTC) if written else NEVER
         except (TypeError, KeyError, ValueError):
             text = f"authentik did not make a token {identifier!r}, or did not say when it expires ({answer.reason})"
-            raise MisconfiguredError(f"{text}. {_ADDRESS}") from None
+            raise AccessError(f"{text}. {_ADDRESS}") from None
 
     def view_key(self, identifier: str) -> str:
         """Return the secret of a token of one's own.
@@ -79,16 +77,14 @@ class Authentik:
                 "retry makes another token. If this repeats, ask the centre to let users see their own tokens"
             )
         if answer.status != 200 or not isinstance(answer.data, dict) or not answer.data.get("key"):
-            raise MisconfiguredError(
-                f"authentik did not show the key of {identifier!r} (HTTP {answer.status}). {_ADDRESS}"
-            )
+            raise AccessError(f"authentik did not show the key of {identifier!r} (HTTP {answer.status}). {_ADDRESS}")
         return str(answer.data["key"])
 
     def delete(self, identifier: str) -> None:
         """Delete a token of one's own, if it is there."""
         answer = self._call("DELETE", f"/tokens/{identifier}/", tries=1)
         if answer.status not in (204, 404):
-            raise MisconfiguredError(f"authentik did not delete {identifier!r} ({answer.reason}). {_ADDRESS}")
+            raise AccessError(f"authentik did not delete {identifier!r} ({answer.reason}). {_ADDRESS}")
 
     def _call(self, method: str, path: str, body: dict[str, Any] | None = None, tries: int = TRIES) -> HttpAnswer:
         """Call the API; a 403 is returned only if the token works, so the user lacks a right.
@@ -122,7 +118,7 @@ def request_oidc_token(settings: Settings, app_password: str, http: Http) -> Oid
 
     Raises RejectedError: authentik does not accept the app password, or the user for this application; it answers
     alike.
-    Raises MisconfiguredError: the client id is not known, or the token lacks what the certificate authority needs.
+    Raises AccessError: the client id is not known, or the token lacks what the certificate authority needs.
     """
     assert settings.oidc_token_url and settings.oidc_client_id and settings.oidc_username
     form = {
@@ -137,19 +133,19 @@ def request_oidc_token(settings: Settings, app_password: str, http: Http) -> Oid
     if error == "invalid_grant":
         raise RejectedError(f"authentik refused it for ASC_OIDC_USERNAME={settings.oidc_username} ({error})")
     if error == "invalid_client":
-        raise MisconfiguredError(
+        raise AccessError(
             f"authentik does not know ASC_OIDC_CLIENT_ID={settings.oidc_client_id}. Correct it; the centre's "
             "documentation has it"
         )
     if answer.status != 200:
-        raise MisconfiguredError(
+        raise AccessError(
             f"ASC_OIDC_TOKEN_URL={settings.oidc_token_url} did not give a token ({answer.reason}). Check that address"
         )
     try:
         return _parse_token(answer.data["id_token"])
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as problem:
         lacks = str(problem) if type(problem) is ValueError else "it is missing or cannot be read"
-        raise MisconfiguredError(
+        raise AccessError(
             f"authentik's OIDC token (id_token) cannot be used for a certificate: {lacks}. ASC_OIDC_CLIENT_ID="
             f"{settings.oidc_client_id}: ask the centre"
         ) from None

@@ -20,7 +20,7 @@ from dotenv import dotenv_values
 from dotenv.parser import parse_stream
 
 from dagster_sbatch.atomic_write import replace_file
-from dagster_sbatch.auth.access_errors import MisconfiguredError, UnsafeFileError
+from dagster_sbatch.auth.access_errors import AccessError, UnsafeFileError
 
 REFRESH_WINDOW = timedelta(days=7)
 """A secret is replaced this long before it expires, or a third of its lifetime before, if that is less."""
@@ -106,14 +106,14 @@ class Credentials:
         """Replace the file, mode 0600.
 
         Raises UnsafeFileError: it cannot be written; the old file stays.
-        Raises MisconfiguredError: a value has characters that not all readers of dotenv files understand alike.
+        Raises AccessError: a value has characters that not all readers of dotenv files understand alike.
         """
         lines = {_USER: self.user, _RECORD: " ".join(self.record)}
         for attribute, name in _VARIABLES.items():
             lines |= _render_secret(name, getattr(self, attribute))
         for name, value in lines.items():
             if not _PLAIN.fullmatch(value):
-                raise MisconfiguredError(
+                raise AccessError(
                     f"{name} has characters that a credentials file cannot hold, so it was not stored. Tell the centre"
                 )
         text = "".join(f"{name}={json.dumps(value)}\n" for name, value in lines.items())

@@ -21,7 +21,7 @@ from urllib.request import getproxies_environment, proxy_bypass
 
 import certifi
 
-from dagster_sbatch.auth.access_errors import AccessError, MisconfiguredError, UnavailableError
+from dagster_sbatch.auth.access_errors import AccessError, UnavailableError
 
 if TYPE_CHECKING:
     import httpx
@@ -59,7 +59,7 @@ def names_host(url: "httpx.URL") -> bool:
 def public_trust() -> ssl.SSLContext:
     """Return a context that trusts SSL_CERT_FILE, else SSL_CERT_DIR, else the public authorities.
 
-    Raises MisconfiguredError: the file is missing, cannot be read, or holds no certificate.
+    Raises AccessError: the file is missing, cannot be read, or holds no certificate.
     """
     context, variable = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), trust_variable()
     if variable == "SSL_CERT_DIR":
@@ -70,7 +70,7 @@ def public_trust() -> ssl.SSLContext:
         context.load_verify_locations(path)
     except OSError as error:
         why = "it holds no certificate in PEM format" if isinstance(error, ssl.SSLError) else error.strerror
-        raise MisconfiguredError(
+        raise AccessError(
             f"The list of trusted authorities {variable}={path} cannot be used: {why}. Correct the variable, or use "
             f"the public authorities:\n  unset {variable}"
         ) from None
@@ -85,7 +85,7 @@ def trust_variable() -> str | None:
 def proxy_for(url: "httpx.URL") -> Proxy | None:
     """Return the proxy for an address; None for a direct connection.
 
-    Raises MisconfiguredError: the proxy's address is malformed, or of a kind that is not supported.
+    Raises AccessError: the proxy's address is malformed, or of a kind that is not supported.
     """
     import httpx
 
@@ -100,7 +100,7 @@ def proxy_for(url: "httpx.URL") -> Proxy | None:
     except (httpx.InvalidURL, UnicodeError):
         address = httpx.URL()
     if address.scheme not in ("http", "https") or not names_host(address) or (address.port or 0) > MOST_PORT:
-        raise MisconfiguredError(
+        raise AccessError(
             f"The proxy {proxy} cannot be used: an address has the form http://host:port or https://host:port. "
             f"{proxy.advice(url.host)}"
         )
@@ -143,7 +143,7 @@ class Http:
         `url`: where to; a redirection is not followed. `trust`: for https; by default what the environment says, else
         the public authorities. `tries`: 1 where the body serves once only. `content`: what httpx calls so.
         Raises UnavailableError: no usable answer in time, HTTP 5xx, or an error page that is not the server's own.
-        Raises MisconfiguredError: another server than was meant (a wrong certificate, a redirection, no JSON), or
+        Raises AccessError: another server than was meant (a wrong certificate, a redirection, no JSON), or
         variables of the environment that cannot be used (certificates, proxies).
         """
         failures = 0
@@ -166,9 +166,9 @@ class Http:
         try:
             address = httpx.URL(url)
         except httpx.InvalidURL as error:
-            raise MisconfiguredError(f"{url} is not a URL: {error}") from None
+            raise AccessError(f"{url} is not a URL: {error}") from None
         if address.host and not names_host(address):
-            raise MisconfiguredError(f"{url} is not a URL: {address.host!r} is not the name of a host")
+            raise AccessError(f"{url} is not a URL: {address.host!r} is not the name of a host")
         proxy = proxy_for(address)
         to_proxy = self._public_trust if proxy and proxy.url.lower().startswith("https:") else None
         through = httpx.Proxy(proxy.url, ssl_context=to_proxy) if proxy else None
@@ -198,7 +198,7 @@ def _receive(response: "httpx.Response", proxy: Proxy | None) -> HttpAnswer:
     finally:
         response.close()
     if response.is_redirect:
-        raise MisconfiguredError(f"{place} has moved to {response.headers.get('Location', '?')}: set that address")
+        raise AccessError(f"{place} has moved to {response.headers.get('Location', '?')}: set that address")
     if status == 407 and proxy:
         raise _refused_by(proxy, response.request.url, "HTTP 407: it asks for a user name and a password")
     if status in _TEMPORARY:
@@ -215,7 +215,7 @@ def _document(body: bytes, place: str, status: int) -> Any:
     with suppress(ValueError):
         return json.loads(body)
     if status < 400:
-        raise MisconfiguredError(f"{place} answered, but not as expected (no JSON): is the address right?")
+        raise AccessError(f"{place} answered, but not as expected (no JSON): is the address right?")
     raise UnavailableError(
         f"{place} answered with an error page that is not its own (HTTP {status}, no JSON). A proxy in front of it "
         "does so while the server restarts. The request is retried; if this repeats, check the address in the settings"
@@ -240,11 +240,11 @@ def _explain(error: "httpx.HTTPError", url: "httpx.URL", proxy: Proxy | None, *,
         words = f"no answer within {TRY_SECONDS:.0f} s"
     connecting = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
     if proxy and connecting and not any(isinstance(cause, ssl.SSLError) for cause in causes):
-        return MisconfiguredError(f"The proxy {proxy} cannot be reached: {words}. {proxy.advice(url.host)}")
+        return AccessError(f"The proxy {proxy} cannot be reached: {words}. {proxy.advice(url.host)}")
     if proxy and isinstance(error, httpx.ProxyError) and not re.match(r"5\d\d", words):
         return _refused_by(proxy, url, words)
     if isinstance(error, httpx.UnsupportedProtocol | httpx.LocalProtocolError):
-        return MisconfiguredError(f"{place}: {words}. Check the address in the settings")
+        return AccessError(f"{place}: {words}. Check the address in the settings")
     return UnavailableError(f"{place} cannot be reached: {words}")
 
 
@@ -254,13 +254,13 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _untrusted(place: str, why: str, *, public: bool) -> MisconfiguredError:
+def _untrusted(place: str, why: str, *, public: bool) -> AccessError:
     variable = trust_variable() if public else None
     hint = " If your network decrypts TLS, set SSL_CERT_FILE to its authorities; else tell the centre" if public else ""
     if variable:
         hint = f" The authorities are those of {variable}; to use the public ones:\n  unset {variable}"
-    return MisconfiguredError(f"{place}: its TLS certificate is not trusted: {why}.{hint}")
+    return AccessError(f"{place}: its TLS certificate is not trusted: {why}.{hint}")
 
 
-def _refused_by(proxy: Proxy, url: "httpx.URL", words: str) -> MisconfiguredError:
-    return MisconfiguredError(f"The proxy {proxy} refused to connect to {url.host}: {words}. {proxy.advice(url.host)}")
+def _refused_by(proxy: Proxy, url: "httpx.URL", words: str) -> AccessError:
+    return AccessError(f"The proxy {proxy} refused to connect to {url.host}: {words}. {proxy.advice(url.host)}")

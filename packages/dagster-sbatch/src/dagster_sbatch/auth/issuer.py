@@ -9,7 +9,7 @@ import ssl
 from datetime import datetime, timedelta
 
 from dagster_sbatch import clock
-from dagster_sbatch.auth.access_errors import ClockError, MisconfiguredError, RejectedError
+from dagster_sbatch.auth.access_errors import AccessError, ClockError, RejectedError
 from dagster_sbatch.auth.authentik import OidcToken
 from dagster_sbatch.auth.http import Http
 from dagster_sbatch.settings import Settings
@@ -24,7 +24,7 @@ def issue_certificate(settings: Settings, http: Http, public_key: str, token: Oi
     Raises UnavailableError: the authority does not answer.
     Raises ClockError: the authority's clock differs from authentik's.
     Raises RejectedError: the authority does not accept the token, or issues no certificate to this user.
-    Raises MisconfiguredError: it is another authority than ASC_STEP_FINGERPRINT says, or it does not certify this key.
+    Raises AccessError: it is another authority than ASC_STEP_FINGERPRINT says, or it does not certify this key.
     """
     trust = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # trusts nobody yet
     trust.load_verify_locations(cadata=_fetch_root(settings, http))
@@ -46,14 +46,14 @@ def issue_certificate(settings: Settings, http: Http, public_key: str, token: Oi
             "with this text"
         )
     if answer.status != 201:
-        raise MisconfiguredError(
+        raise AccessError(
             f"the certificate authority did not certify the {kind} key ({answer.reason}). If the key is the cause, "
             f"move {settings.edge_node_key_path} away, and a new one is made; else ask the centre with this text"
         )
     try:
         certificate = base64.b64decode(answer.data["crt"], validate=True)
     except (KeyError, TypeError, ValueError):
-        raise MisconfiguredError(
+        raise AccessError(
             f"{_base(settings)} answered without a certificate. Check ASC_STEP_CA_URL, or ask the centre"
         ) from None
     length = int.from_bytes(certificate[:4], "big")
@@ -71,12 +71,12 @@ def _fetch_root(settings: Settings, http: Http) -> str:
         pem = str(answer.data["ca"])
         found = hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem)).hexdigest()
     except (KeyError, TypeError, ValueError):
-        raise MisconfiguredError(
+        raise AccessError(
             f"{_base(settings)} does not know a root certificate with ASC_STEP_FINGERPRINT={fingerprint} "
             f"({answer.reason}). Check ASC_STEP_CA_URL and ASC_STEP_FINGERPRINT, or ask the centre with this text"
         ) from None
     if found != fingerprint:
-        raise MisconfiguredError(
+        raise AccessError(
             f"{_base(settings)} sent a root certificate with the fingerprint {found}, not ASC_STEP_FINGERPRINT="
             f"{fingerprint}: it is another one, or somebody is between you and it. Ask the centre before changing it"
         )

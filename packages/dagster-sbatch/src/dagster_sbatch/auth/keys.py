@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from dagster_sbatch import clock
 from dagster_sbatch.atomic_write import replace_file
-from dagster_sbatch.auth.access_errors import AccessError, ClockError, MisconfiguredError, UnsafeFileError
+from dagster_sbatch.auth.access_errors import AccessError, ClockError, UnsafeFileError
 from dagster_sbatch.settings import Settings
 
 if TYPE_CHECKING:
@@ -229,7 +229,7 @@ def ensure_key(key: Path) -> str:
     """Return the public line of a private key, which is made (ed25519, mode 0600, no passphrase) if there is none.
 
     Raises KeyFileError: there is a key that cannot be used.
-    Raises MisconfiguredError: there is a public half without the private one.
+    Raises AccessError: there is a public half without the private one.
     Raises UnsafeFileError: the key is a symbolic link to nowhere.
     Raises OSError: the files cannot be written.
     """
@@ -241,7 +241,7 @@ def ensure_key(key: Path) -> str:
     if key.is_symlink():
         raise UnsafeFileError(f"{key} is a symbolic link to nowhere. Remove it:\n  rm {shlex.quote(str(key))}")
     if public_path(key).exists():
-        raise MisconfiguredError(f"{public_path(key)} is there without its private key {key}. Move it away")
+        raise AccessError(f"{public_path(key)} is there without its private key {key}. Move it away")
     private = Ed25519PrivateKey.generate()
     public = private.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode() + " musica-pipelines"
     replace_file(key, private.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()).decode())

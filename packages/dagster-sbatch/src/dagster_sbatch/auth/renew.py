@@ -10,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from dagster_sbatch import clock
-from dagster_sbatch.auth.access_errors import AccessError, MisconfiguredError, UnavailableError
+from dagster_sbatch.auth.access_errors import AccessError, UnavailableError
 from dagster_sbatch.auth.credentials_file import explained
 from dagster_sbatch.auth.keys import Certificate
 from dagster_sbatch.auth.refresher import Refresher, Report, When
@@ -95,7 +95,7 @@ def refresh(
     needed = access.valid_certificate in (None, refused) or "now" in (rotation, certificate)
     if access.plain_key:
         if rotation == "now":
-            raise MisconfiguredError(f"{access.key} is a plain key and no ASC_ variable is set: there are no secrets")
+            raise AccessError(f"{access.key} is a plain key and no ASC_ variable is set: there are no secrets")
         return Report()
     if not access.renewable and (access.valid_certificate in (None, refused) or certificate == "now"):
         raise access.explain({})

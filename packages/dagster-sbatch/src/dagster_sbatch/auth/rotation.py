@@ -12,7 +12,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 from dagster_sbatch import clock
-from dagster_sbatch.auth.access_errors import AccessError, MisconfiguredError, RejectedError, UnavailableError
+from dagster_sbatch.auth.access_errors import AccessError, RejectedError, UnavailableError
 from dagster_sbatch.auth.authentik import API_BUTTON, APP_BUTTON, Authentik, Intent, request_oidc_token
 from dagster_sbatch.auth.credentials_file import Credentials, Secret, Source
 from dagster_sbatch.auth.http import Http
@@ -60,13 +60,13 @@ class Rotator:
         Returns which API token made the pair, and a warning for each token that could not be deleted.
         Raises NoTokenError: no API token works; the text says why, for each.
         Raises UnavailableError: authentik does not answer; the file holds a pair that works, if it did before.
-        Raises MisconfiguredError: the new secrets do not work, or the file cannot hold them.
+        Raises AccessError: the new secrets do not work, or the file cannot hold them.
         """
         authentik, used = self._choose(stored)
         stored, failures = self._delete_unused(authentik, stored)
         if len(failures) >= MOST_LEFT:
             *_, last = failures.values()
-            raise (UnavailableError if last.temporary else MisconfiguredError)(
+            raise (UnavailableError if last.temporary else AccessError)(
                 f"{len(failures)} tokens that were made before could not be deleted at authentik ({last}), so no more "
                 f"are made. If that lasts, delete them there, in Tokens and App passwords: {', '.join(failures)}"
             )
@@ -127,7 +127,7 @@ class Rotator:
                 continue
             if user != self._settings.oidc_username:
                 name = f"The API token in {self._path}" if source == "stored" else "ASC_AUTHENTIK_API_TOKEN"
-                raise MisconfiguredError(
+                raise AccessError(
                     f"{name} belongs to {user!r}, not to ASC_OIDC_USERNAME={self._settings.oidc_username}. "
                     "Correct ASC_OIDC_USERNAME, or use a token of that user, or set ASC_AUTHENTIK_CREDENTIALS_FILE to "
                     "another file if this one is another project's"
@@ -149,12 +149,12 @@ class Rotator:
         )
 
     def _prove(self, api_token: Secret, app_password: Secret) -> None:
-        """Use both new secrets; raises MisconfiguredError if one is refused."""
+        """Use both new secrets; raises AccessError if one is refused."""
         try:
             self._authentik(api_token.value).user()
             request_oidc_token(self._settings, app_password.value, self._http)
         except RejectedError as error:
-            raise MisconfiguredError(
+            raise AccessError(
                 f"authentik refuses a secret that it has just made, which was deleted again: {error}. The user "
                 f"{self._settings.oidc_username} is not allowed to use the application of ASC_OIDC_CLIENT_ID="
                 f"{self._settings.oidc_client_id} (has the project ended?), or that application is missing, or the "
