@@ -14,7 +14,7 @@ from dagster_sbatch.inspect.asset_preview import preview_asset
 from dagster_sbatch.launchers import ScriptLauncher
 from dagster_sbatch.run.compute import ComputeResource
 from dagster_sbatch.run.directory import RunInfo, render_job
-from dagster_sbatch.run.history import recorded_assets
+from dagster_sbatch.run.tags import recorded_assets
 from dagster_sbatch.slurm import Site
 from dagster_sbatch.slurm.gateway import JobLife, Usage
 from resources import PROJECT

@@ -10,7 +10,7 @@ import pytest
 
 from dagster_sbatch.launchers import ScriptLauncher
 from dagster_sbatch.run.compute import ComputeResource
-from dagster_sbatch.run.history import tag_deployment, tag_job
+from dagster_sbatch.run.tags import tag_deployment, tag_job
 from resources import build_resources
 from support.array_asset import ArrayAsset
 
@@ -131,7 +131,7 @@ def test_calls_in_threads_lose_no_tag_of_each_other(tmp_path: Path) -> None:
 ADDS = """\
 import sys
 import dagster as dg
-from dagster_sbatch.run.history import add_tags
+from dagster_sbatch.run.tags import add_tags
 folder, run, step = sys.argv[1:]
 with dg.DagsterInstance.local_temp(folder) as instance:
     print("ready", flush=True)

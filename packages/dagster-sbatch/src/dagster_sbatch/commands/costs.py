@@ -12,8 +12,8 @@ from dagster_sbatch.costs.cost import show_hours
 from dagster_sbatch.costs.ledger import OTHER, UNKNOWN, Dimension, Entry, make_ledger, sum_by, total
 from dagster_sbatch.inspect.remote_runs import open_runs
 from dagster_sbatch.project import Project
-from dagster_sbatch.run.history import recorded_assets
 from dagster_sbatch.run.past_use import last_proposals
+from dagster_sbatch.run.tags import recorded_assets
 
 WEEKS = 8
 PATIENCE = 180.0  # seconds for the supercomputer to answer: Slurm reads its database

@@ -13,7 +13,6 @@ from dagster_sbatch.launchers import Launcher
 from dagster_sbatch.project import Project
 from dagster_sbatch.run.array import JobArray
 from dagster_sbatch.run.failures import failure
-from dagster_sbatch.run.history import made_elsewhere, retried_elsewhere, tag_deployment
 from dagster_sbatch.run.local_run import run_array_here, run_here
 from dagster_sbatch.run.plan import Plan, complete_extras, make_plan
 from dagster_sbatch.run.remote_array import RemoteArray
@@ -21,6 +20,7 @@ from dagster_sbatch.run.remote_job import RemoteJob
 from dagster_sbatch.run.reports import StepLog
 from dagster_sbatch.run.results import partitions_of, unpartitioned_assets
 from dagster_sbatch.run.step_inputs import assets_read, chained_assets
+from dagster_sbatch.run.tags import made_elsewhere, retried_elsewhere, tag_deployment
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import SlurmRequest
 

@@ -24,13 +24,14 @@ from dagster_sbatch.run.digests import digest_of
 from dagster_sbatch.run.directory import CHECKS, RunInfo, RunPaths, files_of_commands, render_job
 from dagster_sbatch.run.failures import failure
 from dagster_sbatch.run.family import Family
-from dagster_sbatch.run.history import earlier_job, key_in, tag_job
+from dagster_sbatch.run.history import earlier_job, key_in
 from dagster_sbatch.run.interrupts import cancel_jobs, describe_uncancelled, read_interruption, run_interruptibly
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.reports import StepLog, report_reachable, show_on_terminal
 from dagster_sbatch.run.results import declared_checks, partitions_of
 from dagster_sbatch.run.run_environment import RunEnvironment
 from dagster_sbatch.run.step_inputs import inputs_of_step
+from dagster_sbatch.run.tags import tag_job
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Allocation, ArrayShape, SlurmRequest
 from dagster_sbatch.slurm.gateway import (

@@ -14,8 +14,8 @@ from dagster_sbatch.costs.ledger import Dimension, Entry, make_ledger, sum_by
 from dagster_sbatch.inspect.remote_runs import open_runs
 from dagster_sbatch.project import Project
 from dagster_sbatch.run.array_results import table
-from dagster_sbatch.run.history import recorded_assets
 from dagster_sbatch.run.reports import markdown
+from dagster_sbatch.run.tags import recorded_assets
 from dagster_sbatch.slurm import Site
 from dagster_sbatch.slurm.gateway import Usage
 from dagster_sbatch.upkeep import NO_ACCESS, TICK_SECONDS, running_on_supercomputer, wait_for_access
