@@ -1,11 +1,13 @@
 """Every command in the documentation is run by a test or says what it needs; every message that it quotes is one."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import dagster as dg
 import pytest
@@ -13,6 +15,7 @@ import pytest
 from dagster_sbatch.settings import Settings
 from support import ENGINE, ROOT
 
+SCRIPTS = sorted(path for path in (ROOT / "scripts").iterdir() if not path.name.startswith("_") and path.is_file())
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
@@ -76,8 +79,21 @@ def runner_of(command: str) -> str:
 
 @cache
 def help_of(script: str) -> str:
-    done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True)
+    """What a script says of itself in a folder of its own, where it leaves nothing."""
+    with TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / script), "--help"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        assert not any(Path(folder).iterdir())
     return done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_explains_itself_from_any_folder(script: Path) -> None:
+    assert os.access(script, os.X_OK)
+    said = help_of(f"scripts/{script.name}")
+    assert f"usage: scripts/{script.name}" in said
+    assert "exit codes" in said.lower()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
