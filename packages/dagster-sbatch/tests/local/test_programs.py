@@ -205,7 +205,7 @@ def test_a_report_on_a_check_without_names_is_refused_in_words(tmp_path: Path) -
     text += "    import os\n    path = decode_param(os.environ['DAGSTER_PIPES_MESSAGES'])['path']\n"
     text += f"    with open(path, 'a') as file:\n        print('{line}', file=file)\n"
     outcome = materialize(text, tmp_path, checks=("no_gaps",))
-    assert "None does not declare the check None. The checks of this step are: no_gaps of probe." in outcome.error
+    assert "This step does not declare the check None. The checks of this step are: no_gaps of probe." in outcome.error
 
 
 def test_bytes_that_are_no_text_and_values_that_are_too_large(

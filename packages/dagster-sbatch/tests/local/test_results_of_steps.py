@@ -21,10 +21,11 @@ MISSING = "The workload has not reported these asset checks: new of probe. "
 
 
 def run(asset: dg.AssetsDefinition) -> tuple[bool, list[str]]:
-    """Materialize the asset; return whether that succeeded, and the lines of the log."""
+    """Materialize the asset; return whether that succeeded, the lines of the log, and the texts of failures."""
     with dg.DagsterInstance.ephemeral() as instance:
         result = dg.materialize([asset], resources=COMPUTE, partition_key="a", raise_on_error=False, instance=instance)
-        return result.success, [entry.user_message for entry in instance.all_logs(result.run_id)]
+        failures = [event.event_specific_data.error.message for event in result.get_step_failure_events()]  # type: ignore[union-attr]
+        return result.success, [*(entry.user_message for entry in instance.all_logs(result.run_id)), *failures]
 
 
 @pytest.mark.parametrize("array", [None, JobArray()])
@@ -49,6 +50,26 @@ def test_a_declared_check_that_is_not_reported_is_named(
     success, log = run(probe)
     assert success is (reports is not returns)
     assert any(line.startswith(MISSING) for line in log) is not reports
+
+
+@pytest.mark.parametrize("array", [None, JobArray()])
+@pytest.mark.parametrize("check", [True, False])
+def test_what_is_reported_twice_stores_nothing(*, check: bool, array: JobArray | None, tmp_path: Path) -> None:
+    """Dagster stores the asset and refuses the second report; of the reports of a task, the last one counted."""
+    folder, name = tmp_path, "The check good of probe" if check else "The asset probe"
+    report = "pipes.report_asset_check('good', passed=each > 0)" if check else "pipes.report_asset_materialization()"
+    again = "pipes._materialized_assets.clear()"  # two processes may report an asset
+    (folder / "probe.py").write_text(f"{PIPES}    for each in range(3):\n        {report}\n        {again}\n")
+
+    @dg.asset(check_specs=[dg.AssetCheckSpec("good", asset="probe")], partitions_def=KEYS)
+    def probe(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
+        done = compute.run(context, workload=folder / "probe.py", launcher=ScriptLauncher(), array=array)
+        return done.get_materialize_result()
+
+    success, log = run(probe)
+    assert not success
+    assert [line for line in log if line.startswith("Materialized")] == []
+    assert any(f"{name} has been reported 3 times. Report all of it in one call." in line for line in log)
 
 
 @pytest.mark.parametrize("compute", [COMPUTE["compute"], FakeCompute()], ids=["real", "fake"])
@@ -178,3 +199,13 @@ def test_only_the_op_that_makes_an_asset_of_a_graph_can_report_on_it(tmp_path: P
     assert (warned, missing) == ("probe.first", "probe.last")
     (event,) = result.asset_materializations_for_node("probe.last")
     assert event.metadata["rows"] == dg.IntMetadataValue(3)
+
+
+def test_metadata_without_types_get_those_that_dagster_infers(tmp_path: Path) -> None:
+    """As a program writes them that does not use dagster_pipes."""
+    plain = {"rows": 7, "name": "x", "list": [1, math.inf]}
+    report = {"asset_key": "probe", "data_version": None, "metadata": plain}
+    lines = f"    from math import inf\n    pipes._write_message('report_asset_materialization', {report})\n"
+    outcome = materialize(PIPES + lines, tmp_path)
+    (found,) = outcome.materializations[None]
+    assert {name: found[name] for name in plain} == {**plain, "list": [1, "inf"]}

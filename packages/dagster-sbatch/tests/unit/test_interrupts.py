@@ -1,5 +1,6 @@
 """Interrupts: raised in the main thread at any moment and more than once; why they came, and calls in other threads."""
 
+import logging
 import math
 import os
 import random
@@ -10,10 +11,11 @@ import time
 from collections.abc import Callable, Iterator
 from tempfile import TemporaryDirectory
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import dagster as dg
 import pytest
+from dagster._daemon.monitoring import run_monitoring
 
 from dagster_sbatch.run import interrupts
 from dagster_sbatch.run.interrupts import read_interruption, run_interruptibly
@@ -128,13 +130,44 @@ def fail(context: dg.OpExecutionContext) -> None:
     context.instance.report_run_failed(context.run)
 
 
+def exceed_max_runtime(context: dg.OpExecutionContext) -> None:
+    """Have run monitoring end the run, up to its signal; it reports the failure of the run only then."""
+    context.instance.add_run_tags(context.run_id, {"dagster/max_runtime": "1e-9"})
+    record = context.instance.get_run_record_by_id(context.run_id)
+    assert record
+    launcher = Mock(**{"terminate.return_value": False})
+    with (
+        patch.object(dg.DagsterInstance, "run_launcher", launcher),
+        patch.object(run_monitoring, "_force_mark_as_failed"),
+    ):
+        run_monitoring.check_run_timeout(context.instance, record, logging.getLogger(), 0)
+
+
+def cancel_slowly(context: dg.OpExecutionContext) -> None:
+    cancel(context)
+    exceed_max_runtime(context)
+
+
+def mark_as_canceled(context: dg.OpExecutionContext) -> None:
+    """As a forced termination does if the run launcher fails: no request of a termination comes before it."""
+    context.instance.report_run_canceled(context.run)
+
+
 def delete(context: dg.OpExecutionContext) -> None:
     context.instance.delete_run(context.run_id)
 
 
 @pytest.mark.parametrize(
     ("happens", "interruption"),
-    [(lambda _: None, "command"), (cancel, "terminated"), (delete, "terminated"), (fail, "stopped")],
+    [
+        (lambda _: None, "command"),
+        (cancel, "terminated"),
+        (delete, "terminated"),
+        (fail, "stopped"),
+        (exceed_max_runtime, "stopped"),
+        (cancel_slowly, "terminated"),
+        (mark_as_canceled, "terminated"),
+    ],
 )
 def test_why_a_step_is_interrupted(happens: Callable[[dg.OpExecutionContext], None], interruption: str) -> None:
     def look(context: dg.OpExecutionContext) -> str:

@@ -9,9 +9,10 @@ from typing import Any, cast
 import dagster as dg
 import pytest
 
+from dagster_sbatch.run.array import Task
 from dagster_sbatch.run.messages import JOB_STARTED
 from dagster_sbatch.run.pipes import Messages, Output, open_session
-from dagster_sbatch.run.task_output import TaskLines, Warnings
+from dagster_sbatch.run.task_output import TaskLines, TaskReader, Warnings
 
 CONTEXT = cast(dg.OpExecutionContext, None)
 """Not needed without reports on partitions."""
@@ -33,9 +34,13 @@ def handler() -> Handler:
     return Handler()
 
 
+def refuse_loss(error: Exception) -> None:
+    pytest.fail(f"a line of the log was lost: {error}")
+
+
 @pytest.fixture
 def messages(handler: Handler) -> Messages:
-    return Messages("/run/messages.jsonl", cast(dg.PipesMessageHandler, handler).handle_message)
+    return Messages("/run/messages.jsonl", cast(dg.PipesMessageHandler, handler).handle_message, refuse_loss)
 
 
 def line(method: str, text: str = "") -> bytes:
@@ -197,6 +202,30 @@ def test_a_full_disk_is_reported_once_and_the_last_lines_are_known_all_the_same(
     with dg.DagsterInstance.ephemeral() as instance:
         result = dg.GraphDefinition(name="writes", node_defs=[write]).to_job().execute_in_process(instance=instance)
         assert [each.user_message.startswith(text) for each in instance.all_logs(result.run_id)].count(True) == 1
+
+
+def test_lines_of_the_log_that_dagster_does_not_store_are_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, locked = dg.DagsterInstance.handle_new_event, [True]
+    text = "The step's log cannot be written (database is locked). Lines of the workload are missing there."
+
+    def refuse(*arguments: Any, **names: Any) -> Any:
+        if locked:
+            raise OSError(f"database is locked\n[parameters: {arguments}]")
+        return store(*arguments, **names)
+
+    @dg.op
+    def log(context: dg.OpExecutionContext) -> None:
+        with monkeypatch.context() as patched, open_session(context, {}) as session:
+            patched.setattr(dg.DagsterInstance, "handle_new_event", refuse)
+            task = TaskReader(Task("n"), session, Warnings())
+            for each, number in ((session, 1), (session, 2), (task, 3)):
+                message = {"method": "log", "params": {"message": f"line {number}", "level": "INFO"}}
+                each.messages.feed(json.dumps(message).encode() + b"\n")
+            locked.clear()
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        result = dg.GraphDefinition(name="logs", node_defs=[log]).to_job().execute_in_process(instance=instance)
+        assert [each.user_message for each in instance.all_logs(result.run_id)].count(text) == 1
 
 
 def test_output_to_what_is_no_file() -> None:

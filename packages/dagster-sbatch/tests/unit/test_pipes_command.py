@@ -176,7 +176,7 @@ def test_a_second_report_counts_again_after_a_new_start_of_the_job(tmp_path: Pat
     report = ("materialize", "--asset", "a")
     assert pipes(tmp_path, job, *report).returncode == 0
     refused = pipes(tmp_path, job, *report)
-    assert (refused.returncode, "a has been reported already" in refused.stderr) == (1, True)
+    assert (refused.returncode, "The asset a has been reported already" in refused.stderr) == (1, True)
     assert pipes(tmp_path, job, "materialize", "--asset", "b").returncode == 0
     with (tmp_path / "messages.jsonl").open("a") as file:
         file.write('half a li\n{"method": "job_started"}\n')
@@ -243,7 +243,7 @@ def test_of_several_reports_at_once_one_is_accepted(tmp_path: Path, job: dict[st
         wait_until(lambda: len(waiting.findall(Path("/proc/locks").read_text())) == count, "all wait for the lock", 60)
     refused = [process.communicate()[1] for process in processes]
     assert sorted(process.returncode for process in processes) == [0] + [1] * (count - 1)
-    assert sum(b"a has been reported already" in text for text in refused) == count - 1
+    assert sum(b"The asset a has been reported already" in text for text in refused) == count - 1
 
 
 def test_a_message_that_the_disk_cannot_hold_leaves_nothing(tmp_path: Path, job: dict[str, str]) -> None:

@@ -85,12 +85,12 @@ def read_result(
     """Read what a task has reported.
 
     `messages`: of the task, after the last byte.
-    Raises ValueError: it reported a partition of another task, an asset or a check that is not of this step, or what
-    Dagster cannot read.
+    Raises ValueError: it reported a partition of another task, an asset or a check that is not of this step or that it
+    has reported before, or what Dagster cannot read.
     """
     result = TaskResult(task, where, costs)
     handler = dg.PipesMessageHandler(context, UNREAD)
-    for message in messages.results:
+    for message in messages.read_results():
         hand_over(context, message, handler.handle_message)
     result.messages.extend(handler.get_custom_messages())
     for each in handler.get_reported_results():

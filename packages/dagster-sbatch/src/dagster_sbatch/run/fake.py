@@ -92,9 +92,8 @@ class FakeCompute(ComputeResource):
     def _reports(self, step: dg.OpExecutionContext) -> Iterator[PipesMessage]:
         """Yield the messages of a workload."""
         yield make_message("opened", {"extras": {}})
-        metadata = {name: {"raw_value": value, "type": "__infer__"} for name, value in self.metadata.items()}
         for key in step.selected_asset_keys:
-            params = {"asset_key": key.to_escaped_user_string(), "data_version": None, "metadata": metadata}
+            params = {"asset_key": key.to_escaped_user_string(), "data_version": None, "metadata": self.metadata}
             yield make_message("report_asset_materialization", params)
         for check in step.selected_asset_check_keys:
             named = {"asset_key": check.asset_key.to_escaped_user_string(), "check_name": check.name}

@@ -22,6 +22,7 @@ SIGNAL_SECONDS = 0.1  # between two times at which the main thread checks for si
 LIFE_SECONDS = 10.0  # between two questions whether Dagster still counts this run as running
 DATABASE_SECONDS = 20.0  # for Dagster's database to say why a step is interrupted: it may be locked, or away
 _TERMINATED = (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED)
+_TOO_LONG = "Canceling due to exceeding maximum runtime"  # event of Dagster's run monitoring, which then fails the run
 
 
 def run_interruptibly(context: dg.OpExecutionContext, work: Callable[[threading.Event], T]) -> T:
@@ -97,21 +98,22 @@ def read_interruption(context: dg.OpExecutionContext) -> Literal["terminated", "
         `terminated`: a person has terminated or deleted the run; its job has to be cancelled.
         `command`: the run was started by a command in a terminal, and that was interrupted. No daemon retries such a
         run, so its job has to be cancelled.
-        `stopped`: Dagster is stopping, or counts the run as ended, or its database does not answer in time. A later
-        attempt adopts the job.
+        `stopped`: Dagster is stopping, or counts the run as ended, or as too long, or its database does not answer in
+        time. A later attempt adopts the job.
     """
-    until = time.monotonic() + DATABASE_SECONDS
+    until, canceling = time.monotonic() + DATABASE_SECONDS, dg.DagsterEventType.RUN_CANCELING
     while True:
         try:
             run = context.instance.get_run_by_id(context.run_id)
+            events = context.instance.all_logs(context.run_id, of_type=canceling)[:1]  # none in a forced termination
             break
         except Exception:  # noqa: BLE001 - each database has errors of its own
             if time.monotonic() > until:
                 return "stopped"
             time.sleep(SIGNAL_SECONDS)
-    if run is None or run.status in _TERMINATED:
+    if run is None or (run.status in _TERMINATED and not any(_TOO_LONG in each.message for each in events)):
         return "terminated"
-    return "command" if not run.is_finished and run.remote_job_origin is None else "stopped"
+    return "command" if run.status == dg.DagsterRunStatus.STARTED and run.remote_job_origin is None else "stopped"
 
 
 def cancel_jobs(

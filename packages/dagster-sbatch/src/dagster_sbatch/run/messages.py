@@ -1,12 +1,14 @@
 """The Pipes messages of a workload, as they come out of its file, and whether the workload succeeded."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from dagster_pipes import PipesMessage
 
+from dagster_sbatch.launchers.command.job.pipes_command import ONCE, subject_of
 from dagster_sbatch.launchers.command.job.run_program import EXIT_CODE_DECIDES
 from dagster_sbatch.run.failures import is_success, name_exception, name_exit, shorten, shorten_exception
 from dagster_sbatch.run.results import PARTITION, make_message
@@ -25,9 +27,11 @@ class MessageParser:
     it.
     """
 
-    def __init__(self, path: str, deliver: Callable[[PipesMessage], None]) -> None:
-        """`deliver`: gets each message that says `opened`, and each line of the log, at once."""
-        self.path, self.deliver = path, deliver
+    def __init__(
+        self, path: str, deliver: Callable[[PipesMessage], None], on_lost: Callable[[Exception], None]
+    ) -> None:
+        """`deliver`: gets each message that says `opened`, and each line of the log, at once; `on_lost`: its errors."""
+        self.path, self.deliver, self.on_lost = path, deliver, on_lost
         self._rest = b""
         self._begin()
 
@@ -95,8 +99,10 @@ class MessageParser:
                 self.open += 1
             elif method == "log" and str(params.get("level")).upper() not in LEVELS:  # of Python's `logging`, say
                 message = {**message, "params": {**params, "level": "INFO"}}
-            with suppress(Exception):  # a line of the log that Dagster cannot store decides nothing
+            try:
                 self.deliver(message)
+            except Exception as error:  # noqa: BLE001 - a line of the log that Dagster cannot store decides nothing
+                self.on_lost(error)
 
     def _close(self, exception: Mapping[str, Any] | None) -> None:
         self.open -= 1
@@ -106,6 +112,17 @@ class MessageParser:
         elif shortened:
             self.exception = self.exception or shortened
         self.closed = make_message("closed", {"exception": shortened} if shortened else {})
+
+    def read_results(self) -> Sequence[PipesMessage]:
+        """Return the reports.
+
+        Raises ValueError: two are about the same. Of a check, the first may have failed and the last have passed.
+        """
+        subjects = Counter(subject_of(each) for each in self.results if each["method"] in ONCE)
+        for subject, number in subjects.items():
+            if number > 1:
+                raise ValueError(f"{subject} has been reported {number} times. Report all of it in one call.")
+        return self.results
 
 
 def _replace_surrogates(line: bytes) -> str:

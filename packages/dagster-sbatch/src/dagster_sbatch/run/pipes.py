@@ -34,7 +34,7 @@ class Messages(MessageParser):
         """Hand the results to Dagster, after the last byte, and the last message that closed a session."""
         self.read_last_line()
         with self.error_kept():
-            for message in self.results:
+            for message in self.read_results():
                 hand_over(context, message, self.deliver)
             if self.partitions:
                 own = partitions_of(context)
@@ -141,13 +141,14 @@ def open_session(context: dg.OpExecutionContext, extras: Mapping[str, Any], fold
     log, warned = StepLog(context), dict[str, bool]()  # warnings, and whether Dagster has stored them
 
     def warn(name: str, error: Exception) -> None:
-        text = f"The step's {name} cannot be written ({error}). Lines of the workload are missing there."
+        reason = str(error).partition("\n")[0]  # of a database: the line itself follows
+        text = f"The step's {name} cannot be written ({reason}). Lines of the workload are missing there."
         if text not in warned:
             warned[text] = log.warning(text)
 
     opened = dg.open_pipes_session(context, dg.PipesEnvContextInjector(), UNREAD, extras=dict(extras))
     with _without_advice(context.log), opened as pipes:
-        messages = Messages(f"{folder}/{MESSAGES}", pipes.message_handler.handle_message)
+        messages = Messages(f"{folder}/{MESSAGES}", pipes.message_handler.handle_message, partial(warn, "log"))
         output = Output(sys.stdout, partial(warn, "stdout")), Output(sys.stderr, partial(warn, "stderr"))
         try:
             yield Session(pipes, json.dumps(pipes.context_data), messages, *output)

@@ -11,6 +11,7 @@ from typing import Any
 import dagster as dg
 from dagster_pipes import PIPES_METADATA_TYPE_INFER, PIPES_PROTOCOL_VERSION, PipesMessage
 
+from dagster_sbatch.launchers.command.job.pipes_command import explain_undeclared
 from dagster_sbatch.run.calls import calls_of
 from dagster_sbatch.run.reports import StepLog
 
@@ -80,7 +81,9 @@ def hand_over(context: dg.OpExecutionContext, message: PipesMessage, handle: Cal
     Raises ValueError: it is on what is not of this step; the text names what the step has. Or Dagster cannot read it;
     the text names the metadata with which it cannot.
     """
-    params = message["params"] or {}
+    params = dict(message["params"] or {})
+    if isinstance(params.get("metadata"), dict):
+        params["metadata"] = {name: _typed(value) for name, value in params["metadata"].items()}
     names = ", ".join(sorted(OWN_NAMES.intersection(params.get("metadata") or ())))
     if names and calls_of(context).claim_once(f"metadata: {names}"):
         StepLog(context).warning(
@@ -90,9 +93,12 @@ def hand_over(context: dg.OpExecutionContext, message: PipesMessage, handle: Cal
     if message["method"] == "report_asset_materialization":
         _check_asset(context, params.get("asset_key"))
     elif message["method"] == "report_asset_check":
-        _check_declared(context, params.get("asset_key"), params.get("check_name"))
+        problem = explain_undeclared(declared_checks(context), params.get("check_name"), params.get("asset_key"))
+        if problem:  # Dagster would refuse it when it has stored the materializations
+            raise ValueError(problem)
+    message = make_message(message["method"], params)
     try:
-        handle(_without_infinity(message))
+        handle(message)
     except Exception as error:
         raise ValueError(_find_unreadable(context, message) or str(error)) from error
 
@@ -119,31 +125,6 @@ def _made_by(context: dg.OpExecutionContext) -> set[dg.AssetKey | dg.AssetCheckK
     find = step.job_def.asset_layer.get_entity_key_for_node_output
     found = (find(step.node_handle, each.name) for each in step.op_def.output_defs)
     return {key for key in found if key is not None}
-
-
-def _check_declared(context: dg.OpExecutionContext, asset: str | None, name: str | None) -> None:
-    """Refuse a check that the step does not declare: Dagster would when it has stored the materializations."""
-    known = declared_checks(context)
-    if name not in known.get(asset or "", ()):
-        listed = ", ".join(f"{each} of {key}" for key, names in known.items() for each in names)
-        raise ValueError(
-            f"{asset} does not declare the check {name!r}. The checks of this step are: {listed or 'none'}. "
-            f"Correct the name, or declare the check: check_specs=[AssetCheckSpec({name!r}, asset=...)]"
-        )
-
-
-def _without_infinity(message: PipesMessage) -> PipesMessage:
-    """Return a report whose tables and JSON the UI can read; a number of its own that is not finite is blank there."""
-    params = message["params"] or {}
-    metadata = params.get("metadata")
-    if not isinstance(metadata, Mapping):
-        return message
-    nested = {
-        name: in_json(value)
-        for name, value in metadata.items()
-        if isinstance(value, dict) and isinstance(value.get("raw_value"), dict | list)
-    }
-    return make_message(message["method"], {**params, "metadata": {**metadata, **nested}})
 
 
 def in_json(value: Any) -> Any:
@@ -196,9 +177,8 @@ def read_partitions(
             raise ValueError(f"the partition {report['partition']!r} is not of this {whose}")
         if key in unpartitioned_assets(context):
             raise ValueError(f"a report on a partition of {key.to_user_string()}, which has none")
-        metadata = {name: _typed(value) for name, value in (report.get("metadata") or {}).items()}
-        version = report.get("data_version")
-        params = {"asset_key": key.to_escaped_user_string(), "metadata": metadata, "data_version": version}
+        params = {"asset_key": key.to_escaped_user_string(), "data_version": report.get("data_version")}
+        params["metadata"] = report.get("metadata") or {}
         hand_over(context, make_message("report_asset_materialization", params), handler.handle_message)
     results = zip(reports, handler.get_reported_results(), strict=True)
     return [report_on(each, report["partition"]) for report, each in results if isinstance(each, dg.MaterializeResult)]
@@ -251,15 +231,19 @@ def _find_asset(context: dg.OpExecutionContext, report: Any) -> dg.AssetKey:
 
 
 def _typed(value: Any) -> Any:
-    """Return a metadata value as Pipes sends it; a plain one gets the type that Dagster infers."""
-    typed = isinstance(value, dict) and value.keys() == {"raw_value", "type"}
-    return value if typed else {"raw_value": value, "type": PIPES_METADATA_TYPE_INFER}
+    """Return a metadata value as Pipes sends it; a plain one gets the type that Dagster infers.
+
+    The UI can read it then; a number that is not finite is blank there.
+    """
+    known = isinstance(value, dict) and "raw_value" in value
+    typed = value if known else {"raw_value": value, "type": PIPES_METADATA_TYPE_INFER}
+    raw = typed["raw_value"]
+    return {**typed, "raw_value": in_json(raw) if isinstance(raw, dict | list) else raw}
 
 
 def note_missing_checks(context: dg.OpExecutionContext, reported: Iterable[object]) -> None:
     """Log which asset checks of the step have no result: Dagster fails the step then, and does not say why."""
-    results = [each for each in reported if isinstance(each, dg.AssetCheckResult)]
-    known = {(each.asset_key, each.check_name) for each in results}
+    known = {(each.asset_key, each.check_name) for each in reported if isinstance(each, dg.AssetCheckResult)}
     own = context.selected_asset_check_keys & _made_by(context)
     missing = [each for each in sorted(own) if (each.asset_key, each.name) not in known]
     if missing:

@@ -122,7 +122,7 @@ class TaskReader(Streams):
         self._label, self._session, self._warnings = task.label, session, warnings
         self.stdout: TaskLines = TaskLines(task.label, session.stdout.show, warnings)
         self.stderr: TaskLines = TaskLines(task.label, session.stderr.show, warnings)
-        self.messages = MessageParser(session.messages.path, self._deliver)
+        self.messages = MessageParser(session.messages.path, self._deliver, session.messages.on_lost)
 
     def finish(self) -> None:
         """Write what is left of the last lines."""

@@ -19,7 +19,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ TEXTS = ("text", "md", "path", "url")
 VALUES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "json": (dict, list)}
 """Types of metadata, and what JSON each of them is."""
 ONCE = ("report_asset_materialization", "report_asset_check")
-"""Methods that Dagster accepts once from a job, per asset or check."""
+"""Methods that Dagster accepts once from a job, per asset or check; see `subject_of`."""
 _INTEGER = re.compile(r"[+-]?(0|[1-9]\d*)")  # a number with more leading zeros is an identifier, and stays a text
 _FLOAT = re.compile(r"[+-]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 
@@ -80,30 +80,26 @@ class _Channel(PipesMessageWriterChannel):
 
     @staticmethod
     def _check_first(message: PipesMessage, file: io.FileIO) -> None:
-        """Dagster accepts one materialization of an asset, and one result of a check, from a job.
+        """Refuse a second report.
 
         The file is read through its open descriptor: closing another one of the same file would release the lock.
         """
-        params = message["params"] or {}
-        asset, check = params["asset_key"], params.get("check_name")
+        subject = subject_of(message)
         for line in reversed(file.readall().splitlines()):
-            found = {}
+            found: Any = {}
             with suppress(ValueError, TypeError):  # rubbish, or dagster_pipes is writing it just now
                 found = dict(json.loads(line))
             if found.get("method") == "job_started":
                 return  # before that, the job was requeued
-            if found.get("method") != message["method"]:
-                continue
-            if (found["params"]["asset_key"], found["params"].get("check_name")) == (asset, check):
-                if check:
-                    raise DagsterPipesError(
-                        f"The check {check} of {asset} has been reported already. Dagster accepts one result of a "
-                        "check from a job. Report all of it in one call of `pipes check`."
-                    )
-                raise DagsterPipesError(
-                    f"{asset} has been reported already. Dagster accepts one report on an asset from a job. "
-                    "Pass all --metadata in one call of `pipes materialize`."
-                )
+            if found.get("method") in ONCE and subject_of(found) == subject:
+                raise DagsterPipesError(f"{subject} has been reported already. Report all of it in one call.")
+
+
+def subject_of(message: PipesMessage) -> str:
+    """Return what a report is about. Dagster accepts one report on it from a job."""
+    params = message["params"] or {}
+    asset, check = params.get("asset_key"), params.get("check_name")
+    return f"The check {check} of {asset}" if check else f"The asset {asset}"
 
 
 class _Writer(PipesMessageWriter[_Channel]):
@@ -206,24 +202,24 @@ def _refuse_partition(pipes: PipesContext, partition: str, asset: str | None) ->
 def check(pipes: PipesContext, arguments: argparse.Namespace) -> None:
     """Report the result of an asset check."""
     name, asset = arguments.name, arguments.asset
-    _refuse_undeclared(name, asset)
-    pipes.report_asset_check(name, arguments.passed, arguments.severity, dict(arguments.metadata), asset)
-
-
-def _refuse_undeclared(name: str, asset: str | None) -> None:
-    """Refuse a check that the step does not declare: Dagster would refuse it only after the program's end."""
     folder = Path(decode_param(os.environ[DAGSTER_PIPES_CONTEXT_ENV_VAR])["path"]).parent
     path = folder / CHECKS
     if not path.exists():
         path = folder.parent.parent / CHECKS  # the task of an array
-    declared: dict[str, list[str]] = json.loads(path.read_text())
-    if not any(name in names for key, names in declared.items() if asset in (None, key)):
-        listed = ", ".join(f"{each} of {key}" for key, names in declared.items() for each in names)
-        raise DagsterPipesError(
-            f"{asset or 'This step'} does not declare the check {name!r}. The checks of this step are: "
-            f"{listed or 'none'}. Correct the name, or declare the check: "
-            f"check_specs=[AssetCheckSpec({name!r}, asset=...)]"
-        )
+    if problem := explain_undeclared(json.loads(path.read_text()), name, asset):
+        raise DagsterPipesError(problem)
+    pipes.report_asset_check(name, arguments.passed, arguments.severity, dict(arguments.metadata), asset)
+
+
+def explain_undeclared(declared: Mapping[str, Sequence[str]], name: Any, asset: str | None) -> str | None:
+    """Return why a check cannot be reported; None if it can. `declared`: names of checks, by asset key."""
+    if any(name in names for key, names in declared.items() if asset in (None, key)):
+        return None
+    listed = ", ".join(f"{each} of {key}" for key, names in declared.items() for each in names)
+    return (
+        f"{asset or 'This step'} does not declare the check {name!r}. The checks of this step are: {listed or 'none'}. "
+        f"Correct the name, or declare the check: check_specs=[AssetCheckSpec({name!r}, asset=...)]"
+    )
 
 
 def log(pipes: PipesContext, arguments: argparse.Namespace) -> None:
