@@ -382,19 +382,15 @@ def test_while_it_cannot_be_told_whether_the_new_pair_works_the_old_one_stays(
 
 
 @pytest.mark.parametrize("days", [0.02, 30])
-def test_thirty_days_of_the_two_secrets(
+def test_lifetimes_of_the_two_secrets(
     variables: dict[str, str], control: AuthentikControl, monkeypatch: pytest.MonkeyPatch, days: float
 ) -> None:
-    """Both clocks move together; each quarter of a window somebody looks, and nobody else does anything.
-
-    With STRESS=1, six lifetimes pass, else two.
-    """
+    """Both clocks move together; each quarter of a window somebody looks, and nobody else does anything."""
     bootstrap = access.bootstrap_token(control)
     control.set_lifetimes(token=days * access.DAY)
     refresh(access.settings_of({**variables, "ASC_AUTHENTIK_API_TOKEN": bootstrap}), rotation="now", certificate="no")
     settings = access.settings_of(variables)
-    rotations, now = 0, 0.0
-    lifetimes = 6 if STRESS else 2
+    rotations, now, lifetimes = 0, 0.0, 6 if STRESS else 2
     while now < lifetimes * days:
         now += days / 15
         control.advance_clock(days / 15 * access.DAY)

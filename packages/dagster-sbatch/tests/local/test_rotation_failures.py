@@ -123,9 +123,8 @@ def test_tokens_do_not_pile_up_in_hours_of_failures(
         most = max(most, len(access.made_here(control)))
     made = [each for each in control.requests() if (each.method, each.path) == ("POST", "/api/v3/core/tokens/")]
     assert most <= allowed
-    assert len(made) <= 2 + 6 * (
-        2 * HOURS + 7
-    )  # three tries of two requests for each attempt, which come every half an hour
+    attempts = 2 * HOURS + 7  # one every half an hour
+    assert len(made) <= 2 + 6 * attempts  # three tries of two requests
     end(control)
     wind(begin + timedelta(days=1, hours=1))
     refresh(settings, certificate="no")
