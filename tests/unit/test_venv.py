@@ -158,7 +158,7 @@ def test_a_failed_set_up_behind_a_link_is_done_again(copy: Path) -> None:
         assert f"Setting up {copy}/.venv failed (exit code 3)" in done.stderr
 
 
-def test_after_a_failed_set_up_the_environment_before_serves_the_requirements_before(ready: Path) -> None:
+def test_after_a_failed_set_up_the_former_environment_works_with_the_former_requirements(ready: Path) -> None:
     """As after a `git pull` without a network: the owner returns to the commit before."""
     wanted = ready / "requirements" / "dev.txt"
     wanted.write_text("# changed\n")

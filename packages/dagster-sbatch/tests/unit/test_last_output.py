@@ -172,10 +172,8 @@ def test_what_slurm_writes_to_stderr_at_the_end_of_a_task_is_not_lost(
 @pytest.mark.parametrize("code", ["1", "null"])
 def test_the_end_of_a_start_that_slurm_has_replaced_does_not_count(code: str, tmp_path: Path) -> None:
     """It ran on, on a node that Slurm took for dead: its record follows that of the start that replaced it."""
-    starts, end = (
-        [f'{{"started": "n{time}", "time": {time}}}\n' for time in (1, 2)],
-        '{{"code": {}, "began": {}, "time": 3}}\n',
-    )
+    starts = [f'{{"started": "n{time}", "time": {time}}}\n' for time in (1, 2)]
+    end = '{{"code": {}, "began": {}, "time": 3}}\n'
     for own, others in ((0, code), (3, "0")):
         (tmp_path / "events").write_text("".join([*starts, end.format(own, 2), end.format(others, 1)]))
         found = job_record.events_of(str(tmp_path))

@@ -10,7 +10,7 @@ import time
 
 from .disk import RequestError, inode_of, load, stamp_of, store
 from .paths import PROFILE_ENDS
-from .slurm_commands import for_sbatch
+from .slurm_commands import for_slurm
 
 LAST_WORDS = 5.0  # seconds for the output of a command that has ended, if another process has its pipe, too
 REMEMBERED = 86400.0  # seconds; a better candidate may have been installed since
@@ -41,7 +41,7 @@ def in_setup(ask, script, *arguments):
     try:
         process = subprocess.Popen(
             ["/bin/bash", "-c", BOUND % watched, "bash", text, "bash"] + list(arguments),
-            env=for_sbatch(os.environ, ""),
+            env=for_slurm(os.environ),
             pass_fds=[watched],
             start_new_session=True,
             stdin=subprocess.DEVNULL,

@@ -16,7 +16,7 @@ from .slurm_commands import (
     SBATCH_PATIENCE,
     await_end,
     find_by_folder,
-    for_sbatch,
+    for_slurm,
     not_started,
     scancel,
 )
@@ -153,7 +153,7 @@ def environment_of(run):
     A single job gets the environment of a login on its node.
     """
     script = read(os.path.join(run, "job.sh")).decode(errors="replace")
-    return for_sbatch(login_environment() if is_array(run) else os.environ, script)
+    return for_slurm(login_environment() if is_array(run) else os.environ, script)
 
 
 def sbatch(run, lock, variables):
@@ -161,10 +161,15 @@ def sbatch(run, lock, variables):
     # By the agent's PATH, which the site's setup commands may have set.
     paths = [os.path.join(folder, "sbatch") for folder in os.get_exec_path()]
     command = next((path for path in paths if os.access(path, os.X_OK)), "sbatch")
-    words, pipe = [command, "--parsable", "--chdir", run, os.path.join(run, "job.sh")], subprocess.PIPE
     try:
         child = subprocess.Popen(
-            words, cwd=run, env=variables, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, pass_fds=[lock]
+            [command, "--parsable", "--chdir", run, os.path.join(run, "job.sh")],
+            cwd=run,
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=[lock],
         )
     except OSError as error:
         os.unlink(os.path.join(run, "tried"))

@@ -32,10 +32,10 @@ OVER = frozenset(
 RANGE = re.compile(r"(\d+)(?:-(\d+)(?::(\d+))?)?")
 
 
-def for_sbatch(variables, script):
+def for_slurm(variables, script=""):
     """Return those of some variables that do not change what Slurm's commands do, and the agent's own of KEPT.
 
-    If the script names an account, PROJECT is left out, which sbatch would prefer.
+    script: a job for sbatch. If it names an account, PROJECT is left out, which sbatch would prefer.
     """
     kept = {name: value for name, value in variables.items() if name == PROJECT or not name.startswith(OTHERS)}
     kept.update((name, os.environ[name]) for name in KEPT if name in os.environ)
@@ -55,7 +55,8 @@ def user():
 def call(*command, patience=COMMAND_PATIENCE, script=""):
     """Run a command and return the CompletedProcess; it reads `script`, a job, from its stdin."""
     # With SLURM_BITSTR_LEN=0, Slurm does not cut off the indices of an array's waiting tasks.
-    env, pipe = dict(for_sbatch(os.environ, script), SLURM_TIME_FORMAT="%s", SLURM_BITSTR_LEN="0"), subprocess.PIPE
+    env = dict(for_slurm(os.environ, script), SLURM_TIME_FORMAT="%s", SLURM_BITSTR_LEN="0")
+    pipe = subprocess.PIPE
     try:
         child = subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
     except OSError as error:
