@@ -356,14 +356,15 @@ def test_what_a_success_holds_is_in_no_text() -> None:
 
 
 def test_an_error_of_the_file_system_is_never_a_lost_connection(
-    settings: Settings, variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    settings: Settings, variables: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Whoever connects waits at an OSError, for the login node is what it knows."""
-    monkeypatch.setattr("dagster_sbatch.auth.refresher.ensure_key", lambda _: Path("/nonexistent/key").read_text())
-    with pytest.raises(AccessError, match=r"/nonexistent/key: No such file or directory") as error:
+    key = tmp_path / "gone" / "key"
+    monkeypatch.setattr("dagster_sbatch.auth.refresher.ensure_key", lambda _: key.read_text())
+    with pytest.raises(AccessError, match=f"{key}: No such file or directory") as error:
         ensure_certificate(settings)
     assert not error.value.temporary
-    assert "/nonexistent/key" in check_health(settings).failing["certificate"].error
+    assert str(key) in check_health(settings).failing["certificate"].error
 
 
 def test_the_way_into_a_run_names_a_stale_list_of_authorities(
