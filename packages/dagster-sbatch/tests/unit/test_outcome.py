@@ -48,8 +48,7 @@ LOST = "Ray: lost the node n4002: health check failed"
             JobEnd(None, "TIMEOUT", started=1000, ended=1120),
             Outcome(
                 "it reached its time limit (Slurm: TIMEOUT), which was shortened in Slurm: "
-                "it ran for 00:02:00 of 01:00:00",
-                Fault.TIME,
+                "it ran for 00:02:00 of 01:00:00"
             ),
         ),
         (JobEnd(None, "BOOT_FAIL"), Outcome("a node did not start (Slurm: BOOT_FAIL)", Fault.NODE)),

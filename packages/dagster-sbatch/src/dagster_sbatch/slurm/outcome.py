@@ -171,7 +171,7 @@ def _explain_state(end: JobEnd, request: SlurmRequest) -> Outcome:
         cause += f"; {end.cause}"  # it may name the node
     if fault is Fault.TIME and end.started and end.ended and (ran := end.ended - end.started) < request.seconds - 60:
         limit, ran_for = format_time(request.time_limit), format_time(timedelta(seconds=ran))
-        return Outcome(f"{cause}, which was shortened in Slurm: it ran for {ran_for} of {limit}", fault)
+        return Outcome(f"{cause}, which was shortened in Slurm: it ran for {ran_for} of {limit}")
     again = ". To submit it again, re-execute the run" if end.state == "CANCELLED" else ""
     return Outcome(cause, fault, again or suggest(fault, request))
 
