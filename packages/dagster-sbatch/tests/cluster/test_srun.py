@@ -32,13 +32,16 @@ def run(workload: str, folder: Path, launcher: SrunLauncher | None = None, env: 
     )
 
 
-FOR_SRUN = "SLURM_LABELIO=1 SLURM_STDOUTMODE=/dev/null SLURM_REMOTE_CWD=/tmp SLURM_CLUSTERS=x SRUN_OUTPUT=/dev/null"
+FOR_SRUN = (
+    "SLURM_LABELIO=1 SLURM_STDOUTMODE=/dev/null SLURM_REMOTE_CWD=/tmp SLURM_CLUSTERS=x SRUN_OUTPUT=/dev/null "
+    "SLURM_EXTERNAL_LAUNCHER=1"
+)
 
 
 def test_ranks_on_two_nodes_find_each_other(
     site: SimulatedSite, workloads: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The login profile exports what would change where srun starts them and what it does with their output."""
+    """The login profile exports what would change where srun starts them, how many, and what it does with their output."""
     site.run_on_login(CERTIFICATE_USER, f"echo 'export {FOR_SRUN}' >.bash_profile")
     outcome = run(RENDEZVOUS, workloads, cpus_per_task=3)
     assert outcome.error == ""

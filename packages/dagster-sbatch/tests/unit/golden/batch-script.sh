@@ -81,8 +81,8 @@ printf '\n{"method": "job_started"}\n' >>messages.jsonl || exit 1
 began=${EPOCHREALTIME:-$(date +%s.%N)} began=${began/,/.} # from the locale's decimal point
 printf '{"started": "%s", "time": %s, "temporary": "%s"}\n' "$HOSTNAME" "$began" "$JOB_TMPDIR" >>events
 
-# In a profile these would send a step's output elsewhere, label it, or start the step in another folder or cluster.
-unset SLURM_LABELIO SLURM_{STDIN,STDOUT,STDERR}MODE SLURM_{REMOTE_CWD,WORKING_DIR} SLURM_CLUSTERS "${!SRUN_@}"
+# In a profile these would send a step's output elsewhere, label it, start the step elsewhere, or fewer tasks of it.
+unset SLURM_{CLUSTERS,EXTERNAL_LAUNCHER,LABELIO,REMOTE_CWD,WORKING_DIR} SLURM_STD{IN,OUT,ERR}MODE "${!SRUN_@}"
 # $PYTHON uses its own packages, not those of a module's Python or of the home.
 unset PYTHONHOME PYTHONPLATLIBDIR PYTHONSAFEPATH
 export PYTHONNOUSERSITE=1 TMPDIR=$JOB_TMPDIR

@@ -82,8 +82,8 @@ printf '\n{"method": "job_started"}\n' >>messages.jsonl || exit 1
 began=${EPOCHREALTIME:-$(date +%s.%N)} began=${began/,/.} # from the locale's decimal point
 printf '{"started": "%s", "time": %s, "temporary": "%s"}\n' "$HOSTNAME" "$began" "$JOB_TMPDIR" >>events
 
-# In a profile these would send a step's output elsewhere, label it, or start the step in another folder or cluster.
-unset SLURM_LABELIO SLURM_{STDIN,STDOUT,STDERR}MODE SLURM_{REMOTE_CWD,WORKING_DIR} SLURM_CLUSTERS "${!SRUN_@}"
+# In a profile these would send a step's output elsewhere, label it, start the step elsewhere, or fewer tasks of it.
+unset SLURM_{CLUSTERS,EXTERNAL_LAUNCHER,LABELIO,REMOTE_CWD,WORKING_DIR} SLURM_STD{IN,OUT,ERR}MODE "${!SRUN_@}"
 # The modules of the request. If Lmod cannot load one of them, it loads none, and the job ends.
 module load GCC/14.3.0 OpenMPI 2>modules.log
 loaded=$?
