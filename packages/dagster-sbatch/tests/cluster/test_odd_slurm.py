@@ -81,7 +81,7 @@ def test_the_projects_and_limits_of_another_cluster_do_not_count(runs: Runs) -> 
     assert known.default == usage.default == ACCOUNT
     assert ELSEWHERE not in {*known.qos, *usage.projects}
     assert (usage.shares is None, usage.trouble) == (False, [])
-    assert runs.gateway.limits(CPU_PARTITION, CPU_PARTITION, ACCOUNT) == Limits(10001, None)
+    assert runs.gateway.limits(CPU_PARTITION, CPU_PARTITION, ACCOUNT) == Limits(10001, 20000)
 
 
 def test_variables_of_the_login_shell_do_not_keep_a_job_from_being_cancelled(site: SimulatedSite, runs: Runs) -> None:

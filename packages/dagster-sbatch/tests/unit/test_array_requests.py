@@ -18,10 +18,12 @@ from slurm_in_a_box import wait_until
 from support.agent_fixtures import HURRIED, Prepare, put
 from support.array_run import Recorder, files_of
 from support.array_site import Site, record
+from support.submission import submit_run
 
 SCONTROL = """\
 case "$*" in
-"show config") printf 'MaxArraySize            = {size}\\nSchedulerParameters     = {parameters}\\n';;
+"show config") printf 'MaxArraySize            = {size}\\nMaxJobCount             = {count}\\n'
+  printf 'SchedulerParameters     = {parameters}\\n';;
 *partition*) echo 'PartitionName=cpu AllowQos=ALL QoS={qos} DefaultTime=1';;
 esac"""
 SACCTMGR = """\
@@ -40,14 +42,16 @@ esac"""
         ({"association": "30"}, Limits(1001, 30)),
         ({"association": "30", "mine": "20"}, Limits(1001, 20)),
         ({"association": "50", "qos": "of_partition"}, Limits(1001, 40)),
+        ({"count": "10000"}, Limits(1001, 10000)),
+        ({"count": "10000", "association": "30"}, Limits(1001, 30)),
         ({"size": ""}, Limits(None, None)),
     ],
 )
 def test_the_limits_are_the_fewest_that_apply(
     said: dict[str, str], expected: Limits, slurm: Path, prepare: Prepare
 ) -> None:
-    """Of the user's association (not in other partitions), of the job's QoS, and of the partition's."""
-    known = {"size": "1001", "parameters": "(null)", "qos": "N/A", "association": "", "mine": "", **said}
+    """Of the user's association (not in other partitions), of the job's QoS, of the partition's, and of all users."""
+    known = {"size": "1001", "count": "", "parameters": "(null)", "qos": "N/A", "association": "", "mine": "", **said}
     put(slurm, "scontrol", SCONTROL.format(**known))
     put(slurm, "sacctmgr", SACCTMGR.format(**known))
     assert prepare().limits("cpu", "mine", "p1") == expected
@@ -59,7 +63,7 @@ def test_the_limits_are_those_of_the_project_that_is_charged(
 ) -> None:
     """The one that the job script names, else SBATCH_ACCOUNT, else the user's default, whatever others allow."""
     monkeypatch.setenv("SBATCH_ACCOUNT", exported)
-    put(slurm, "scontrol", SCONTROL.format(size="1001", parameters="", qos="N/A"))
+    put(slurm, "scontrol", SCONTROL.format(size="1001", count="", parameters="", qos="N/A"))
     put(
         slurm,
         "sacctmgr",
@@ -74,9 +78,32 @@ esac""",
 
 
 def test_a_centre_without_accounting_names_no_limit_of_submitted_jobs(slurm: Path, prepare: Prepare) -> None:
-    put(slurm, "scontrol", SCONTROL.format(size="1001", parameters="", qos="N/A"))
+    put(slurm, "scontrol", SCONTROL.format(size="1001", count="", parameters="", qos="N/A"))
     put(slurm, "sacctmgr", "echo 'You are not running a supported accounting_storage plugin' >&2; exit 1")
     assert prepare().limits("cpu", "mine", "p1") == Limits(1001, None)
+
+
+SLEEPS = """\
+if [ -e {mark} ]; then echo 17; exit; fi
+touch {mark}
+echo 'sbatch: error: Slurm temporarily unable to accept job, sleeping and retrying' >&2
+exec sleep 5"""
+IMPATIENT = """
+def spoil():
+    import sys
+    vars(sys.modules["agent.jobs"]).update(LATE=0, SEARCH_EVERY=0.2, SBATCH_PATIENCE=2)
+"""
+
+
+def test_what_sbatch_says_while_it_waits_for_room_is_reported(slurm: Path, prepare: Prepare, tmp_path: Path) -> None:
+    """Slurm has as many jobs as it can have (MaxJobCount). sbatch is not overtaken: the next one comes after it."""
+    put(slurm, "sbatch", SLEEPS.format(mark=tmp_path / "asked"))
+    told: list[str] = []
+    (tmp_path / "base").mkdir(mode=0o700)
+    found = submit_run(prepare(HURRIED + IMPATIENT, told), f"{tmp_path}/base/runs/KEY", {"job.sh": ""})
+    assert (found.job, found.how) == ("17", "submitted")
+    (said,) = (text for text in told if text.startswith("sbatch"))
+    assert said.startswith("sbatch did not answer within 2 s. sbatch: error: Slurm temporarily unable to accept job")
 
 
 def test_a_rejected_result_is_known_to_the_next_claim(prepare: Prepare, tmp_path: Path) -> None:

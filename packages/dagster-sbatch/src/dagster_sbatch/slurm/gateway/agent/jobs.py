@@ -179,11 +179,12 @@ def sbatch(run, lock, variables):
         try:
             out, err = (text.decode(errors="replace") for text in child.communicate(timeout=SEARCH_EVERY))
             break
-        except subprocess.TimeoutExpired:  # not killed: it may be about to submit
+        except subprocess.TimeoutExpired as late:  # not killed: it may be about to submit
             if job_of(run):
                 return job_of(run)
-            if time.monotonic() > until:
-                raise RequestError("temporary", "sbatch did not answer within %d s" % SBATCH_PATIENCE)
+            if time.monotonic() > until:  # it waits itself while Slurm has as many jobs as it can have (MaxJobCount)
+                said = (late.stderr or b"").decode(errors="replace").strip()
+                raise RequestError("temporary", "sbatch did not answer within %d s. %s" % (SBATCH_PATIENCE, said))
     found = JOB_ID.findall(out)  # wrappers and submit filters print more than the id
     if child.returncode == 0 and found:
         return found[-1]

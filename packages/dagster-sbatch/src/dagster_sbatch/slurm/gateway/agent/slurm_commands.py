@@ -17,7 +17,7 @@ KEPT = frozenset(("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", PROJECT))
 OTHERS = ("SACCT_", "SBATCH_", "SCANCEL_", "SCONTROL_", "SQUEUE_", "SLURM_")
 ACCOUNT = re.compile(r"^#SBATCH --account=", re.M)
 FIELD = re.compile(r"(\w+)=(\S*(?: +[^\s=]+(?!\S))*)")  # a path may have spaces
-SETTING = re.compile(r"^(\w+)\s*=\s*(.*?)\s*$", re.M)
+SETTING = re.compile(r"^(\w+) *= *(.*?) *$", re.M)
 UNSEEN = 60.0  # seconds without an answer of squeue, after which, and as often, an agent asks Slurm about its own job
 LAG = 15.0  # seconds to wait for a job's own record of its end, once Slurm says that it is over
 COMMAND_PATIENCE, SBATCH_PATIENCE = 60.0, 120.0

@@ -124,8 +124,9 @@ def limits(agent, ask, _):
     most = [settings.get("MaxArraySize", "")] + MOST_TASKS.findall(settings.get("SchedulerParameters", ""))
     account = ask["account"] or projects_here(settings)["default"]
     chosen = here(settings) + (["account=" + account] if account else [])
-    associations = listed("assoc", "user=" + user(), *chosen, "format=Partition,MaxSubmitJobs,GrpSubmitJobs")
-    submit = [text for partition, *texts in associations if partition in ("", ask["partition"]) for text in texts]
+    submit = [settings.get("MaxJobCount", "")]  # of all users
+    for partition, *texts in listed("assoc", "user=" + user(), *chosen, "format=Partition,MaxSubmitJobs,GrpSubmitJobs"):
+        submit += texts if partition in ("", ask["partition"]) else ()
     for qos in {ask["qos"], qos_of(ask["partition"])} - {""}:
         for _, *texts in listed("qos", qos, "format=Name,MaxSubmitPU,MaxSubmitPA,GrpSubmit"):
             submit += texts
