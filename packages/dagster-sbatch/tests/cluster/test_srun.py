@@ -41,7 +41,7 @@ FOR_SRUN = (
 def test_ranks_on_two_nodes_find_each_other(
     site: SimulatedSite, workloads: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The login profile exports what would change where srun starts them, how many, and what it does with their output."""
+    """The login profile exports what would change where srun starts them, how many, and where their output goes."""
     site.run_on_login(CERTIFICATE_USER, f"echo 'export {FOR_SRUN}' >.bash_profile")
     outcome = run(RENDEZVOUS, workloads, cpus_per_task=3)
     assert outcome.error == ""

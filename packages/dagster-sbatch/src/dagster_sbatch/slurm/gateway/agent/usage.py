@@ -127,7 +127,7 @@ def limits(agent, ask, _):
     submit = [settings.get("MaxJobCount", "")]  # of all users
     for partition, *texts in listed("assoc", "user=" + user(), *chosen, "format=Partition,MaxSubmitJobs,GrpSubmitJobs"):
         submit += texts if partition in ("", ask["partition"]) else ()
-    for qos in {ask["qos"], qos_of(ask["partition"])} - {""}:
+    for qos in {ask["qos"], qos_of(ask["partition"])} - {"", "N/A"}:
         for _, *texts in listed("qos", qos, "format=Name,MaxSubmitPU,MaxSubmitPA,GrpSubmit"):
             submit += texts
     return {"array": fewest(most), "submit": fewest(submit)}
@@ -138,12 +138,11 @@ def fewest(texts):
 
 
 def qos_of(partition):
-    """Return the name of a partition's own QoS; empty if it has none, or Slurm does not answer."""
+    """Return the name of a partition's own QoS, N/A if it has none; empty if Slurm does not answer."""
     try:
-        name = fields_of(ask_slurm("scontrol", "-a", "-o", "show", "partition", partition)).get("QoS", "N/A")
+        return fields_of(ask_slurm("scontrol", "-a", "-o", "show", "partition", partition)).get("QoS", "")
     except RequestError:
         return ""
-    return "" if name == "N/A" else name
 
 
 def projects(agent, *_):
