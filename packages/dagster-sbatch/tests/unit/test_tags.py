@@ -10,7 +10,7 @@ import pytest
 
 from dagster_sbatch.launchers import ScriptLauncher
 from dagster_sbatch.run.compute import ComputeResource
-from dagster_sbatch.run.tags import tag_deployment, tag_job
+from dagster_sbatch.run.tags import job_tag, tag_deployment, tag_job
 from resources import build_resources
 from support.array_asset import ArrayAsset
 
@@ -75,7 +75,10 @@ def test_dagster_itself_retries_no_run_in_another_place(tmp_path: Path, tags: di
     assert f"one that was interrupted on {tags['deployment']}" in retry.error
     assert not retry.success
     asset.by_dagster = False
-    assert asset.run(of=retry.run_id, from_failure=True).success, "a person has re-executed it"
+    again = asset.run(of=retry.run_id, from_failure=True, **tags)
+    assert again.success, "a person has re-executed it; Dagster copies the tags"
+    asset.by_dagster = True
+    assert asset.run(of=again.run_id, from_failure=True, **tags).success, "it was interrupted here"
 
 
 @pytest.mark.parametrize(
@@ -110,6 +113,24 @@ def test_data_of_another_place_are_mentioned(tmp_path: Path, tags: dict[str, str
         ]
     named = [f"DATA_ROOT={place}. " in text for text in found[1]]
     assert (found[0], named) == ([], [True] if place else [])
+
+
+def test_steps_with_long_names_have_tags_of_their_own() -> None:
+    """By them, the hours of a job count for its asset, and a re-execution finds its job."""
+    names = [f"{first}_{'long' * 20}_{last}" for first in "ab" for last in "ab"]
+
+    def make(name: str) -> dg.AssetsDefinition:
+        @dg.asset(name=name)
+        def asset(context: dg.AssetExecutionContext) -> None:
+            for call in (0, 9):
+                tag_job(context.op_execution_context, f"{name} {call}", call)
+
+        return asset
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        (run,) = instance.get_runs(dg.RunsFilter([dg.materialize([*map(make, names)], instance=instance).run_id]))
+    found = [run.tags.get(f"{job_tag(name)}{call}") for name in names for call in ("", ".10")]
+    assert found == [f"{name} {call}" for name in names for call in (0, 9)]
 
 
 def test_calls_in_threads_lose_no_tag_of_each_other(tmp_path: Path) -> None:

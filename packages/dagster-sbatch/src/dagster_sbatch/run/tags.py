@@ -10,12 +10,13 @@ import dagster as dg
 
 from dagster_sbatch.costs.ledger import AssetOf, needs_record
 from dagster_sbatch.run.calls import StepName
+from dagster_sbatch.run.digests import digest_of
 from dagster_sbatch.run.reports import StepLog
 from dagster_sbatch.slurm.gateway import JobLife, Usage
 
 _JOB_TAG = "slurm_job"
 _LOCK_SECONDS = 10.0  # for others to add their tags
-_LONGEST_TAG = 63  # characters of each half of a tag's key, for Dagster
+_LONGEST_NAME = 58  # characters of a step in a tag: Dagster takes 63, and the number of a call may follow
 _LONGEST_WAIT = timedelta(days=60)  # between the creation of a run and the end of its job
 _CLOCKS = timedelta(hours=6)  # by which the clocks of this machine and of the supercomputer may differ
 
@@ -52,17 +53,19 @@ def _other_place(run: dg.DagsterRun, site: str | None, data_root: str) -> str:
 
 def deployment_of(run: dg.DagsterRun) -> list[str | None]:
     """Return DAGSTER_DEPLOYMENT, the site and DATA_ROOT of a run; None for what it has no tag of."""
-    return [run.tags.get(name) for name in ("deployment", "site", "data_root")]
+    deployment, site, root = (run.tags.get(name) for name in ("deployment", "site", "data_root"))
+    return [deployment, None if deployment == "development" else site, root]  # re-executions inherit tags
 
 
 def tag_job(context: dg.OpExecutionContext, job: str, call: int) -> None:
     """Tag the run of a step with a Slurm job id, under the step's name; `call`: how many calls the step made before."""
-    _tag(context, {job_tag(StepName.of(context).key + (f".{call + 1}" if call else "")): job})
+    _tag(context, {job_tag(StepName.of(context).key) + (f".{call + 1}" if call else ""): job})
 
 
 def job_tag(step: str) -> str:
     """Return the key of the tag with the Slurm jobs of a step; `.2` follows it for the step's second call."""
-    return f"{_JOB_TAG}/{re.sub(r'[^A-Za-z0-9_.-]', '_', step)[-_LONGEST_TAG:]}"
+    name = re.sub(r"[^A-Za-z0-9_.-]", "_", step)
+    return f"{_JOB_TAG}/{name if len(name) <= _LONGEST_NAME else f'{name[: _LONGEST_NAME - 9]}-{digest_of(step, 8)}'}"
 
 
 def _tag(context: dg.OpExecutionContext, tags: dict[str, str]) -> None:
