@@ -12,6 +12,7 @@ import pytest
 
 from dagster_sbatch import ComputeResource, JobArray, ScriptLauncher
 from dagster_sbatch.run import interrupts, local_run
+from dagster_sbatch.run.array_step import ArrayStep
 from dagster_sbatch.run.local import Ended, LocalProcess
 from resources import PROJECT
 from slurm_in_a_box import wait_until
@@ -46,7 +47,7 @@ def ran(folder: Path, run_id: str) -> list[str]:
 
 
 def test_only_a_re_execution_from_failure_leaves_out_what_is_stored(tmp_path: Path, data_root: Path) -> None:
-    """Dagster's retry with the strategy ALL_STEPS has a retry number; the UI copies such tags."""
+    """Dagster's retry with the strategy ALL_STEPS has a retry number; re-executions of all steps inherit some tags."""
     asset = ArrayAsset(tmp_path, LAST_FAILS, JobArray())
     first = asset.run(FIRST, LAST)
     (data_root / "fixed").touch()
@@ -56,8 +57,8 @@ def test_only_a_re_execution_from_failure_leaves_out_what_is_stored(tmp_path: Pa
     resumed = asset.run(FIRST, LAST, of=first.run_id, from_failure=True, **number)
     assert ran(data_root, resumed.run_id) == [LAST]
     copied: dict[str, Any] = {"dagster/is_asset_resume_retry": "true"}
-    selected = asset.run(FIRST, LAST, of=resumed.run_id, **copied)
-    assert ran(data_root, selected.run_id) == KEYS
+    for parent in (first, resumed):
+        assert ran(data_root, asset.run(FIRST, LAST, of=parent.run_id, **copied).run_id) == KEYS
 
 
 def test_a_stored_partition_is_computed_again_if_there_is_newer_data_to_read(tmp_path: Path, data_root: Path) -> None:
@@ -178,6 +179,20 @@ def test_a_partition_that_is_stored_before_the_step_ends_has_its_data_version(tm
     assert {key: (each.tags or {}).get("dagster/data_version") for key, each in found.items()} == {
         key: f"of {key}" for key in KEYS[:2]
     }
+
+
+def test_a_partition_that_is_stored_once_more_keeps_its_data_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asset = ArrayAsset(tmp_path, "pipes.report_asset_materialization(data_version='mine')", JobArray())
+    with monkeypatch.context() as refused:
+        refused.setattr(ArrayStep, "_combine", lambda _: 1 / 0)
+        first = asset.run(FIRST).run_id
+    again = asset.run(FIRST, of=first, from_failure=True)
+    assert again.success
+    assert "This run skips 1 partition" in "\n".join(again.log)
+    for run in (first, again.run_id):
+        assert (stored(tmp_path, run)[FIRST].tags or {})["dagster/data_version"] == "mine"
 
 
 def test_the_data_versions_that_parameter_sets_report(tmp_path: Path) -> None:

@@ -1,20 +1,24 @@
 """Which job a step adopts, what counts as the same work, and what is said about it."""
 
 import logging
-import math
 import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import dagster as dg
 import pytest
+from dagster._core.definitions.job_base import InMemoryJob
+from dagster._core.execution.api import execute_run
 
 from dagster_sbatch.launchers import Container, Launcher, RayLauncher, ScriptLauncher
 from dagster_sbatch.project import Project
 from dagster_sbatch.run import adoption
 from dagster_sbatch.run.adoption import (
     NO_RECORD,
+    Choice,
     choose,
     describe_adoption,
     inputs_of,
@@ -25,7 +29,7 @@ from dagster_sbatch.run.adoption import (
 from dagster_sbatch.run.calls import StepCalls, StepName
 from dagster_sbatch.run.digests import digest_of
 from dagster_sbatch.run.family import Family
-from dagster_sbatch.run.history import is_stored, requested_at
+from dagster_sbatch.run.history import is_stored
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.workload import Workload
 from dagster_sbatch.slurm import Allocation, Retries, Site, SlurmRequest
@@ -35,6 +39,7 @@ from support.claims import single_job
 WELL = JobEnd(0, "COMPLETED", "0:0")
 FORGOTTEN = JobEnd(0, "", "")
 BADLY = JobEnd(3, "FAILED", "3:0")
+RUN = dg.DagsterRun("all")
 
 
 @pytest.mark.parametrize(
@@ -182,11 +187,54 @@ def test_jobs_are_not_outdated_while_a_thread_prepares_its_call() -> None:
             return False
 
     gateway: Any = SimpleNamespace(stop=Stop())  # a claim or a cancellation would be an error
-    context: Any = SimpleNamespace(log=logging.getLogger())
-    attempts = Family(context, gateway, "/base/runs", call, {}, SlurmRequest(), questions=Questions())
+    with dg.DagsterInstance.ephemeral() as instance:
+        context: Any = SimpleNamespace(log=logging.getLogger(), instance=instance, run=RUN)
+        attempts = Family(context, gateway, "/base/runs", call, {}, SlurmRequest(), questions=Questions())
     preparing.__enter__()
     assert not attempts.cancel_outdated(Claim(None, others=[theirs]))
     assert len(waits) == 3
+
+
+@pytest.mark.parametrize("case", ["stored before", "clock set back", "stored meanwhile", "outlived its run"])
+def test_whether_a_result_counts_for_a_re_execution(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It computes anew what was stored before; it shares what a run stores that was not over when the step began."""
+    choices: list[Choice] = []
+
+    @dg.asset
+    def probe(context: dg.AssetExecutionContext) -> None:
+        if not context.run.parent_run_id:
+            if case == "outlived its run":
+                context.instance.report_run_failed(context.run)
+            return
+        call = StepCalls().begin(context.run.root_run_id or "", "probe", "digest")
+        gateway: Any = SimpleNamespace(claim=claim)
+        step = context.op_execution_context
+        family = Family(step, gateway, "/runs", call, {}, SlurmRequest(), questions=Questions())
+        choices.append(family.choose()[1])
+
+    def claim(*_: object) -> Claim:
+        if case == "stored meanwhile":
+            execute_run(InMemoryJob(job), first, instance)
+        return Claim(None, attempts=[replace(single_job(1, end=WELL), followers=[first.run_id])])
+
+    definitions = dg.Definitions(assets=[probe], jobs=[dg.define_asset_job("all", executor_def=dg.in_process_executor)])
+    job = definitions.resolve_job_def("all")
+    with dg.DagsterInstance.ephemeral() as instance:
+        first = instance.create_run_for_job(job)
+        if case != "stored meanwhile":
+            with monkeypatch.context() as clock:
+                if case == "clock set back":
+                    now, now_ns = time.time, time.time_ns
+                    clock.setattr(time, "time", lambda: now() + 3600)
+                    clock.setattr(time, "time_ns", lambda: now_ns() + 3600 * 10**9)
+                execute_run(InMemoryJob(job), first, instance)
+        root = first.run_id
+        again = instance.create_run_for_job(
+            job, tags={"dagster/root_run_id": root}, root_run_id=root, parent_run_id=root
+        )
+        execute_run(InMemoryJob(job), again, instance)
+    shared = case in ("stored meanwhile", "outlived its run")
+    assert [list(each.new) for each in choices] == [[] if shared else [0]]
 
 
 def test_one_call_of_a_step_acts_on_an_outdated_job() -> None:
@@ -224,11 +272,6 @@ def test_steps_of_a_graph_have_keys_and_success_is_read_by_them() -> None:
         result = outer.execute_in_process(instance=instance, raise_on_error=False)
         assert [step.key for step in seen] == ["inner.work[a]", "inner.work[b]"]
         assert [is_stored(instance, ["unknown", result.run_id], step) for step in seen] == [True, False]
-        begun = requested_at(instance, result.run_id)
-        assert begun is not None
-        assert not is_stored(instance, [result.run_id], seen[0], before=begun)
-        assert is_stored(instance, [result.run_id], seen[0], before=begun + 60)
-        assert requested_at(instance, "unknown") == math.inf
 
 
 def test_what_a_blocking_check_has_failed_is_stored() -> None:

@@ -173,6 +173,7 @@ def test_outdated_tasks_are_cancelled_before_others_are_submitted(*, refused: bo
     with dg.DagsterInstance.ephemeral() as instance:
         context: Any = SimpleNamespace(
             instance=instance,
+            run=dg.DagsterRun("all"),
             run_id="r",
             log=log,
             op_handle="step",
@@ -209,8 +210,9 @@ def test_all_array_jobs_with_other_inputs_are_cancelled_at_the_same_time(monkeyp
 
     gateway: Any = SimpleNamespace(claim=claim, cancel_all=cancel_all, stop=threading.Event())
     log = SimpleNamespace(info=None, warning=warnings.append, error=None)
-    context: Any = SimpleNamespace(run_id="r", log=log)
-    attempts = Family(context, gateway, "/base/runs", call, {"args": "new"}, SlurmRequest(), questions=Questions())
+    with dg.DagsterInstance.ephemeral() as instance:
+        context: Any = SimpleNamespace(run_id="r", log=log, instance=instance, run=dg.DagsterRun("all"))
+        attempts = Family(context, gateway, "/base/runs", call, {"args": "new"}, SlurmRequest(), questions=Questions())
     found = Claim(None, others=others)
     assert [attempts.cancel_outdated(found), attempts.cancel_outdated(found)] == [True, False]
     assert (claimed, cancelled[0]) == (["of-a", "of-b"], ["of-a-1", "of-a-2", "of-b-1"])

@@ -20,6 +20,7 @@ from dagster_sbatch.run.array_results import (
 from dagster_sbatch.run.calls import calls_of
 from dagster_sbatch.run.completed import CompletedPartitions
 from dagster_sbatch.run.failures import failure, shorten
+from dagster_sbatch.run.history import DATA_VERSION, reported_version
 from dagster_sbatch.run.messages import explain_failure
 from dagster_sbatch.run.past_use import proposal_metadata, uses_of
 from dagster_sbatch.run.pipes import open_session
@@ -33,7 +34,6 @@ from dagster_sbatch.slurm import SlurmRequest
 from dagster_sbatch.slurm.outcome import explain_stderr
 from dagster_sbatch.slurm.units import count_of
 
-DATA_VERSION_TAG = "dagster/data_version"  # tag of a materialization from which Dagster reads its data version
 MOST_REPEATED = 10  # repeated warnings that the log names at the end
 _STORED = "If a partition was removed during the run: all others are stored. Compute what is missing in a new run."
 _AGAIN = "\nRe-execute this run from failure: it runs only the tasks that have not succeeded."
@@ -185,11 +185,12 @@ class ArrayStep:
         if not result.task.partitions:
             return
         try:
-            versions = {(each.partition, each.asset): each.data_version for each in result.reports if each.data_version}
+            versions = {
+                (e.partition, e.asset): {DATA_VERSION: e.data_version} for e in result.reports if e.data_version
+            }
             found = result.of_partitions(self._context.selected_asset_keys, versions=True)
             for (partition, key), metadata in found.items():
-                version = versions.get((partition, key))
-                tags = self._completed.tags(result.task, partition) | ({DATA_VERSION_TAG: version} if version else {})
+                tags = self._completed.tags(result.task, partition) | versions.get((partition, key), {})
                 stored = {**self.where, **metadata}
                 self._context.log_event(dg.AssetMaterialization(key, metadata=stored, partition=partition, tags=tags))
         except Exception as error:  # noqa: BLE001 - each database has errors of its own
@@ -213,10 +214,12 @@ class ArrayStep:
     def _combine(self) -> dg.PipesClientCompletedInvocation:
         """Attach what tasks reported to the materializations that Dagster makes at the end of the step."""
         context, results = self._context, [self._results[index] for index in sorted(self._results)]
+        single = len(partitions_of(context)) == 1
         for partition, assets in self._completed.stored.items():
             for key, stored in assets.items():
                 add_metadata(context, key, partition, stored.metadata)
-        single = len(partitions_of(context)) == 1
+                if single and (version := reported_version(stored)):
+                    context.set_data_version(key, dg.DataVersion(version))
         for result in results:
             for report in result.reports:
                 if single and report.data_version:

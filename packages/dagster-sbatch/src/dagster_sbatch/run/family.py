@@ -21,7 +21,7 @@ from dagster_sbatch.run.adoption import (
 from dagster_sbatch.run.array import Task
 from dagster_sbatch.run.attempts import store_request
 from dagster_sbatch.run.calls import Call, StepName
-from dagster_sbatch.run.history import is_stored, requested_at, runs_since, stored_before
+from dagster_sbatch.run.history import is_stored, runs_since, shared_runs, stored_before
 from dagster_sbatch.run.reports import StepLog
 from dagster_sbatch.slurm import SlurmRequest
 from dagster_sbatch.slurm.gateway import (
@@ -60,6 +60,7 @@ class Family:
         self._log = StepLog(context)
         self._folder = runs
         self._token = uuid.uuid4().hex
+        self._shared = shared_runs(context.instance, context.run)  # now, before this call waits for another run
         self.call, self.request = call, store_request(request)
         # What is stored with a job: a later attempt compares its own inputs with it
         self.record = {"call": call.number, "inputs": inputs, "request": self.request}
@@ -91,14 +92,13 @@ class Family:
     def _find_stored(self, tasks: Mapping[int, Task]) -> Callable[[Attempt, int], bool]:
         """Return a function that tells whether Dagster has stored the result of a task in an attempt."""
         context, instance, step = self._context, self._context.instance, StepName.of(self._context)
-        asked = requested_at(instance, context.run_id)
 
         @cache  # the followers are mostly those of all attempts
         def find(followers: tuple[str, ...]) -> tuple[bool, set[str]]:
             # Dagster may have stored the result of a job in these runs, or that of another job since
-            runs = runs_since(instance, context.run.root_run_id or context.run_id, followers)
-            partitions = stored_before(instance, runs, step, asked) if tasks else set[str]()
-            return is_stored(instance, runs, step, before=asked), partitions
+            runs = runs_since(instance, context.run.root_run_id or context.run_id, followers) - self._shared
+            partitions = stored_before(instance, runs, step) if tasks else set[str]()
+            return is_stored(instance, runs, step), partitions
 
         def is_task_stored(attempt: Attempt, index: int) -> bool:
             whole, partitions = find(tuple(attempt.followers))

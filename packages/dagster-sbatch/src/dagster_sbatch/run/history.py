@@ -1,6 +1,7 @@
 """What Dagster has recorded of steps: their ends, their Slurm jobs, the versions of data, stored partitions."""
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from itertools import takewhile
 from math import inf
 from operator import attrgetter
 
@@ -9,30 +10,25 @@ import dagster as dg
 from dagster_sbatch.run.calls import StepName
 from dagster_sbatch.run.tags import deployment_of, job_tag
 
-_RESUMED = ("dagster/is_resume_retry", "dagster/is_asset_resume_retry")
-"""Tags that Dagster sets to "true" in a re-execution from failure, also in one that Dagster itself requests."""
-_DATA_VERSION, _IS_REPORTED = "dagster/data_version", "dagster/data_version_is_user_provided"
-CODE_VERSION = "dagster/code_version"
-"""Tags of a materialization; the last one, if the end of a step has made it."""
+_RESUMED = "dagster/is_resume_retry"
+"""Tag that Dagster sets to "true" in a re-execution from failure. From asset failure, it selects nothing stored."""
+DATA_VERSION, _IS_REPORTED = "dagster/data_version", "dagster/data_version_is_user_provided"
+CODE_VERSION = "dagster/code_version"  # tags of a materialization; the last one, if the end of a step has made it
 _CHECKED = "DagsterAssetCheckFailedError"  # ends a step after a failed blocking check; all results are stored by then
 MOST_PARTITIONS = 10_000  # that Dagster's storage is asked for at once
 _MOST_OBSERVATIONS = 100  # the latest ones, among which one with a data version is searched
 Stored = tuple[int, dg.AssetMaterialization]  # a materialization, and before it the storage id of its event
 _ENDS = {dg.DagsterEventType.STEP_SUCCESS, dg.DagsterEventType.STEP_FAILURE}
-_PLANNED = dg.DagsterEventType.ASSET_MATERIALIZATION_PLANNED
+_FAILED = dg.DagsterEventType.RUN_FAILURE
+_STORED = dg.DagsterEventType.ASSET_MATERIALIZATION
 age_of = attrgetter("storage_id")  # the order of records in Dagster's database, also if the clock was set back
 
 
-def is_stored(instance: dg.DagsterInstance, runs: Iterable[str], step: StepName, before: float = inf) -> bool:
-    """Return whether Dagster has stored the result of a step in one of some runs: also one that a blocking check fails.
-
-    A run that was deleted has stored nothing. `before`: only results that were stored by then count, in seconds since
-    1970.
-    """
-    ends = (end for run in runs for end in _events_of(instance, run, step, _ENDS) if end.timestamp <= before)
-    found = (end.get_dagster_event() for end in ends)
+def is_stored(instance: dg.DagsterInstance, runs: Iterable[str], step: StepName) -> bool:
+    """Return whether Dagster has stored the result of a step in some runs: also one that a blocking check fails."""
+    ends = (end.get_dagster_event() for run in runs for end in _events_of(instance, run, step, _ENDS))
     return any(
-        not each.is_step_failure or getattr(each.step_failure_data.error, "cls_name", "") == _CHECKED for each in found
+        not each.is_step_failure or getattr(each.step_failure_data.error, "cls_name", "") == _CHECKED for each in ends
     )
 
 
@@ -50,6 +46,13 @@ def runs_since(instance: dg.DagsterInstance, root: str, followers: Collection[st
     group = group_of(instance, root)
     last = max((age_of(group[each]) for each in followers if each in group), default=0)
     return {*followers, *(each for each, record in group.items() if age_of(record) >= last)}
+
+
+def shared_runs(instance: dg.DagsterInstance, run: dg.DagsterRun) -> set[str]:
+    """Return the runs of a group that are not over, or were requested after `run`: what they store is also for it."""
+    group = group_of(instance, run.root_run_id or run.run_id)
+    own = age_of(group[run.run_id]) if run.run_id in group else inf  # it was deleted
+    return {each for each, record in group.items() if age_of(record) >= own or not record.dagster_run.is_finished}
 
 
 def find_successes(instance: dg.DagsterInstance, run_id: str, steps: set[str]) -> dict[str, str]:
@@ -105,21 +108,23 @@ def _newest(
 
 
 def _data_version(record: dg.EventLogRecord) -> str | None:
-    """Return the version of the data that was materialized or observed; None for an observation without one.
+    """Return the version of the data that was materialized or observed; None for an observation without one."""
+    reported = reported_version(record.asset_materialization or record.asset_observation)
+    return reported or (str(record.storage_id) if record.asset_materialization else None)
 
-    Dagster computes a version from `code_version`, and that is the same if the asset was materialized again: only one
-    that a person, a workload or an observation has reported stands for the data.
+
+def reported_version(event: dg.AssetMaterialization | dg.AssetObservation | None) -> str | None:
+    """Return the data version that a person, a workload or an observation has reported.
+
+    Dagster computes another one from `code_version`, and that is the same if the asset was materialized again.
     """
-    event = record.asset_materialization or record.asset_observation
     tags = (event and event.tags) or {}
-    computed = CODE_VERSION in tags and _IS_REPORTED not in tags
-    without = str(record.storage_id) if record.asset_materialization else None
-    return without if computed else tags.get(_DATA_VERSION, without)
+    return None if CODE_VERSION in tags and _IS_REPORTED not in tags else tags.get(DATA_VERSION)
 
 
 def key_in(instance: dg.DagsterInstance, run_id: str, step: StepName) -> str:
     """Return Dagster's key of a step in a run; the one that it has if the run has planned none of its assets."""
-    entries = instance.all_logs(run_id, of_type=_PLANNED)
+    entries = instance.all_logs(run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION_PLANNED)
     planned = ((entry.step_key, entry.get_dagster_event().asset_key) for entry in entries)
     return step.find_key((str(key), asset.to_user_string()) for key, asset in planned if asset)
 
@@ -127,8 +132,9 @@ def key_in(instance: dg.DagsterInstance, run_id: str, step: StepName) -> str:
 def _events_of(
     instance: dg.DagsterInstance, run_id: str, step: StepName, kinds: set[dg.DagsterEventType]
 ) -> list[dg.EventLogEntry]:
-    found = instance.all_logs(run_id, of_type=kinds)
-    key = key_in(instance, run_id, step) if found else None
+    """Return events of a step, but not after its run was taken for dead: such a step works for the run's retry."""
+    key, logs = key_in(instance, run_id, step), instance.all_logs(run_id, of_type={*kinds, _FAILED})
+    found = takewhile(lambda event: event.dagster_event_type != _FAILED, logs)
     return [event for event in found if event.step_key == key]
 
 
@@ -144,12 +150,11 @@ def stored_partitions(step: dg.OpExecutionContext) -> dict[str, dict[dg.AssetKey
     found: dict[str, set[dg.AssetKey]] = {}
     deployment = run and deployment_of(run)
     while run:
-        for event in _events_of(step.instance, run.run_id, name, {dg.DagsterEventType.ASSET_MATERIALIZATION}):
-            stored = event.asset_materialization
-            if stored and stored.partition is not None and stored.asset_key in assets:
+        for event in _events_of(step.instance, run.run_id, name, {_STORED}):
+            if (stored := event.asset_materialization) and stored.partition is not None and stored.asset_key in assets:
                 found.setdefault(stored.partition, set()).add(stored.asset_key)
-        again = any(run.tags.get(tag) == "true" for tag in _RESUMED)
-        run = step.instance.get_run_by_id(run.parent_run_id) if again and run.parent_run_id else None
+        again = run.tags.get(_RESUMED) == "true" and run.parent_run_id
+        run = step.instance.get_run_by_id(again) if again else None
         if run and (is_stored(step.instance, [run.run_id], name) or deployment_of(run) != deployment):
             break
     complete = [partition for partition, each in found.items() if len(each) == len(assets)]
@@ -161,22 +166,10 @@ def stored_partitions(step: dg.OpExecutionContext) -> dict[str, dict[dg.AssetKey
     return {partition: each for partition, each in newest.items() if len(each) == len(assets)}
 
 
-def stored_before(instance: dg.DagsterInstance, runs: Iterable[str], step: StepName, before: float = inf) -> set[str]:
-    """Return the partitions that a step has stored in one of some runs; `before`: see `is_stored`."""
-    events = (
-        event for run in runs for event in _events_of(instance, run, step, {dg.DagsterEventType.ASSET_MATERIALIZATION})
-    )
-    stored = (event.asset_materialization for event in events if event.timestamp <= before)
-    return {each.partition for each in stored if each and each.partition is not None}
-
-
-def requested_at(instance: dg.DagsterInstance, run_id: str) -> float:
-    """Return the time of a run's first event, in seconds since 1970; infinity if it was deleted.
-
-    Dagster's own time of its creation has no fraction of a second in SQLite.
-    """
-    records = instance.get_records_for_run(run_id, limit=1, ascending=True).records
-    return records[0].event_log_entry.timestamp if records else inf
+def stored_before(instance: dg.DagsterInstance, runs: Iterable[str], step: StepName) -> set[str]:
+    """Return the partitions that a step has stored in one of some runs."""
+    events = (event for run in runs for event in _events_of(instance, run, step, {_STORED}))
+    return {each.partition for event in events if (each := event.asset_materialization) and each.partition is not None}
 
 
 def earlier_job(step: dg.OpExecutionContext) -> tuple[str | None, bool]:
