@@ -1,11 +1,12 @@
 """Certificates, proxies and answers of HTTP calls: what the environment says, and who has to act when one fails."""
 
+import hashlib
 import json
 import ssl
 import subprocess
 import threading
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -14,8 +15,9 @@ import httpx
 import pytest
 
 from dagster_sbatch.auth import AccessError, UnavailableError, ensure_certificate
-from dagster_sbatch.auth.authentik import request_oidc_token
+from dagster_sbatch.auth.authentik import OidcToken, request_oidc_token
 from dagster_sbatch.auth.http import Http, HttpAnswer, proxy_for
+from dagster_sbatch.auth.issuer import issue_certificate
 from dagster_sbatch.slurm.gateway.channel import Channel
 from dagster_sbatch.slurm.gateway.link import Link
 from support import access
@@ -47,7 +49,7 @@ class Server:
                 self.end_headers()
                 self.wfile.write(outer.body)
 
-            do_CONNECT = do_GET  # noqa: N815 (the base class asks for that name)
+            do_CONNECT = do_POST = do_GET  # noqa: N815 (the base class asks for these names)
 
             def log_message(self, *args: object) -> None:
                 pass
@@ -93,6 +95,25 @@ def failure(url: str) -> AccessError:
 
 
 # Certificates
+
+
+def test_only_the_root_with_the_fingerprint_is_trusted(tls_server: Server, certificate: Path, tmp_path: Path) -> None:
+    """Somebody in between sends the right root, which is public, and behind it one of his own."""
+    root = b""
+    while len(root) % 3 == 0:  # its base64 ends with padding, after which decoders read no further
+        pem = self_signed(tmp_path / "root.pem", "root").read_text()
+        root = ssl.PEM_cert_to_DER_cert(pem[: pem.index("-----BEGIN PRIVATE")])
+    own = certificate.read_text()
+    sent = ssl.DER_cert_to_PEM_cert(root) + own[: own.index("-----BEGIN PRIVATE")]
+    tls_server.body = json.dumps({"ca": sent}).encode()
+    fingerprint = {"ASC_STEP_FINGERPRINT": hashlib.sha256(root).hexdigest(), "ASC_STEP_CA_URL": tls_server.url}
+    settings = access.settings_of({**access.environment(NOBODY, tmp_path), **fingerprint})
+    now = datetime.now(UTC)
+    with pytest.raises(AccessError, match="/sign: its TLS certificate is not trusted"):
+        issue_certificate(
+            settings, Http(), "ssh-ed25519 AAAA", OidcToken("secret", "a@b.c", now, now + timedelta(1), "iss", "aud")
+        )
+    assert not any(path.endswith("/sign") for path in tls_server.seen)
 
 
 def test_the_authorities_of_the_environment_are_trusted(

@@ -60,27 +60,27 @@ def issue_certificate(settings: Settings, http: Http, public_key: str, token: Oi
     return f"{certificate[4 : 4 + length].decode(errors='replace')} {answer.data['crt']} {token.email}"
 
 
-def _fetch_root(settings: Settings, http: Http) -> str:
-    """Return the CA's root certificate, as PEM; it is trusted since its SHA-256 is ASC_STEP_FINGERPRINT."""
+def _fetch_root(settings: Settings, http: Http) -> bytes:
+    """Return the CA's root certificate, as DER: the bytes of which the SHA-256 is ASC_STEP_FINGERPRINT, and no more."""
     fingerprint = (settings.step_fingerprint or "").lower()
     anybody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # for an answer that is checked by its fingerprint
     anybody.check_hostname = False
     anybody.verify_mode = ssl.CERT_NONE
     answer = http.call("GET", f"{_base(settings)}/root/{fingerprint}", trust=anybody)
     try:
-        pem = str(answer.data["ca"])
-        found = hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem)).hexdigest()
+        root = ssl.PEM_cert_to_DER_cert(str(answer.data["ca"]))
     except (KeyError, TypeError, ValueError):
         raise AccessError(
             f"{_base(settings)} does not know a root certificate with ASC_STEP_FINGERPRINT={fingerprint} "
             f"({answer.reason}). Check ASC_STEP_CA_URL and ASC_STEP_FINGERPRINT, or ask the centre with this text"
         ) from None
+    found = hashlib.sha256(root).hexdigest()
     if found != fingerprint:
         raise AccessError(
             f"{_base(settings)} sent a root certificate with the fingerprint {found}, not ASC_STEP_FINGERPRINT="
             f"{fingerprint}: it is another one, or somebody is between you and it. Ask the centre before changing it"
         )
-    return pem
+    return root
 
 
 def _base(settings: Settings) -> str:
