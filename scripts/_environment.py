@@ -56,6 +56,8 @@ def activate() -> None:
     sys.excepthook = lambda kind, *more: None if kind is KeyboardInterrupt else sys.__excepthook__(kind, *more)
     _open_streams()
     _refuse_syntax()
+    for variable in ("PYTHONHOME", "PYTHONPATH", "PYTHONSAFEPATH"):  # a module or a shell's profile may have set them,
+        os.environ.pop(variable, None)  # for another Python. The first line of each script ignores them, too
     prefix = Path(sys.prefix).resolve()  # links, such as to a disk with more room, count as what they point to
     if (ROOT / ".pixi" / "envs").resolve() in prefix.parents or (prefix == VENV.resolve() and _is_current()):
         return
@@ -67,8 +69,6 @@ def activate() -> None:
         if not _is_current():
             _set_up()
         command = [str(PYTHON), *command]
-    for variable in ("PYTHONHOME", "PYTHONPATH"):  # of another Python: a module or a shell's profile may have set them
-        os.environ.pop(variable, None)
     if locale.nl_langinfo(locale.CODESET).upper() != "UTF-8" and not str(ROOT).isascii():
         os.environ["LC_ALL"] = "C.UTF-8"  # or Python 3.11 misreads this path, which is in a file of the environment
     sys.stdout.flush()
@@ -215,6 +215,7 @@ def _install(lock: "IO[str]") -> None:
             pass_fds=[lock.fileno()],
         )
         if done.returncode:
+            shutil.rmtree(str(new), ignore_errors=True)
             shown = " ".join(command)
             former = " The former environment is unchanged: it works with the former requirements/."
             raise SystemExit(
@@ -256,11 +257,11 @@ def _path_without_venv() -> str:
 
 
 def _uv_commands(uv: str, new: Path) -> "list[list[str]]":
-    python, project = str(new / "bin" / "python"), ["--no-deps", "--no-build-isolation", "--no-require-hashes"]
+    place = ["--quiet", "--python", str(new / "bin" / "python"), "--prefix", str(new)]  # `prefix` of uv.toml is another
     return [
         [uv, "venv", "--quiet", "--python", f">={SUPPORTED[0]},<3.14", str(new)],
-        [uv, "pip", "sync", "--quiet", "--require-hashes", "--python", python, str(REQUIREMENTS)],
-        [uv, "pip", "install", "--quiet", *project, "--python", python, *_editable()],
+        [uv, "pip", "sync", *place, "--require-hashes", str(REQUIREMENTS)],
+        [uv, "pip", "install", *place, "--no-deps", "--no-build-isolation", "--no-require-hashes", *_editable()],
     ]
 
 

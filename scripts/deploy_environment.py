@@ -1,4 +1,4 @@
-#!/usr/bin/env python3
+#!/usr/bin/env -S python3 -E
 """Publish the environment that production runs on the supercomputer; list and remove environments."""
 
 import _environment

@@ -1,4 +1,4 @@
-#!/usr/bin/env python3
+#!/usr/bin/env -S python3 -E
 """Renew access to the supercomputer, the SSH certificate and the stored secrets; show its state."""
 
 import _environment

@@ -81,8 +81,12 @@ def runner_of(command: str) -> str:
 def help_of(script: str) -> str:
     """What a script says of itself in a folder of its own, where it leaves nothing."""
     with TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / script), "--help"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+        command = [str(ROOT / script), "--help"]
+        environment = os.environ | {"PYTHONSAFEPATH": "1"}  # a script imports what lies beside it all the same
+        environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
         assert done.returncode == 0, done.stderr
         assert not any(Path(folder).iterdir())
     return done.stdout

@@ -156,6 +156,7 @@ def test_a_failed_set_up_behind_a_link_is_done_again(copy: Path) -> None:
     for _ in range(2):
         done = run([sys.executable, "scripts/show"], cwd=copy, env={"PATH": f"{copy}:/usr/bin:/bin"})
         assert f"Setting up {copy}/.venv failed (exit code 3)" in done.stderr
+        assert [path.name for path in (copy / "elsewhere").iterdir()] == ["project"]
 
 
 def test_after_a_failed_set_up_the_former_environment_works_with_the_former_requirements(ready: Path) -> None:
@@ -352,13 +353,14 @@ def test_uv_installs_the_project_from_its_folder_whatever_the_user_prefers(copy:
     (copy / "pyproject.toml").write_text(PYPROJECT)
     (copy / "uv").write_text(f'#!/bin/sh\nexec {sys.executable} -m uv "$@"\n')
     (copy / "uv").chmod(0o755)
-    (copy / "uv.toml").write_text("[pip]\nrequire-hashes = true\n")
+    (copy / "uv.toml").write_text('[pip]\nrequire-hashes = true\nprefix = "elsewhere"\n')
     places = f"{copy}:{Path(sys.executable).resolve().parent}:/usr/bin:/bin"
     environment = {"PATH": places, "HOME": str(copy), "UV_OFFLINE": "1", "UV_CONFIG_FILE": f"{copy}/uv.toml"}
     environment |= {"UV_REQUIRE_HASHES": "1", "UV_NO_EDITABLE": "1", "UV_WORKING_DIR": "/"}
     done = run([sys.executable, "scripts/show"], cwd=copy, env=environment)
     assert done.stdout == f"{copy}/.venv []\n", done.stderr
     assert "with uv" in done.stderr
+    assert list(copy.glob(".venv/lib/python*/site-packages/copy-0.dist-info"))
 
 
 def test_a_failed_set_up_shows_the_command_and_leaves_no_stamp(copy: Path) -> None:

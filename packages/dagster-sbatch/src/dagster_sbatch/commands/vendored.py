@@ -142,5 +142,5 @@ def _download(wanted: str, folder: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         advice = "" if "://" in wanted else "\nOnly pip's own index is asked, not that of uv. Name the wheel instead."
-        shown = re.sub("//[^/]*@", "//", wanted)  # less a password
-        raise ConfigurationError(f"{shown} cannot be downloaded.\n{done.stderr.strip()}{advice}")
+        text = f"{wanted} cannot be downloaded.\n{done.stderr.strip()}{advice}"
+        raise ConfigurationError(re.sub(r"(?<=//)[^/\s]*(?=@)|(?<=\?)\S+", "***", text))  # less passwords
