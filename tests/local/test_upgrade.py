@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import re
 import shutil
 import ssl
 import sys
@@ -190,11 +191,21 @@ def certificate(tmp_path: Path) -> Path:
     return self_signed(tmp_path / "certificate.pem")
 
 
+class Pages(http.server.SimpleHTTPRequestHandler):
+    """Files of a folder; those below /closed need a password."""
+
+    def do_GET(self) -> None:
+        if self.path.startswith("/closed/"):
+            self.send_error(401)
+        else:
+            super().do_GET()
+
+
 @pytest.fixture
 def address(tmp_path: Path, certificate: Path) -> Iterator[str]:
     """The https address of a wheel, on a server that no public authority knows."""
     wheel = newer_engine(tmp_path, "1.1.0")
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    handler = functools.partial(Pages, directory=tmp_path)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
@@ -221,3 +232,6 @@ def test_an_address_is_trusted_if_the_systems_store_trusts_it(
         monkeypatch.setenv(name, str(certificate))
         assert find_wheels(address, made)["dagster-sbatch"].version == "1.1.0"
         monkeypatch.delenv(name)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    with pytest.raises(ConfigurationError, match=r"(?s)^(?!.*Traceback).*401"):
+        find_wheels(re.sub(r"(?<=\d)/", "/closed/", address), tmp_path / "none")

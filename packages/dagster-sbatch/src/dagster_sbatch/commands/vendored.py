@@ -137,7 +137,7 @@ def rename_wheels(text: str, wheels: dict[str, Wheel]) -> str:
 def _download(wanted: str, folder: Path) -> None:
     """Let pip download a wheel: it reads the user's configuration of package indexes, and trusts the system's store."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
-    command += ["--only-binary", ":all:", "--dest", str(folder), wanted]
+    command += ["--no-input", "--only-binary", ":all:", "--dest", str(folder), wanted]
     environment = child_environment("PIP_", *NETWORK)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
