@@ -120,11 +120,12 @@ def _problems(path: Path) -> list[str]:
     fields = {_alias(field): field for field in Settings.model_fields.values()}
     unknown = [name for name in values if name not in fields and name.upper().startswith(_OWN_PREFIXES)]
     lines = parse_stream(io.StringIO(read_text(path) if path.is_file() else ""))
-    problems = [f"{path}, line {line.original.line}: this is not NAME=value" for line in lines if line.error]
+    wrong = "this is not NAME=value, or lacks a quotation mark"
+    problems = [f"{path}, line {line.original.line}: {wrong}" for line in lines if line.error]
     problems += [f"{path}: unknown variable {name}{nearest(name.upper(), fields)}" for name in unknown]
     secrets = [name for name in values if name in fields and fields[name].annotation == (SecretStr | None)]
     if secrets and stat.S_IMODE(path.stat().st_mode) & 0o077:
-        problems.append(f"{path} holds {', '.join(secrets)} and others can read it: chmod 600 {shlex.quote(str(path))}")
+        problems.append(f"{path} holds {', '.join(secrets)}; others can read it:\n  chmod 600 {shlex.quote(str(path))}")
     raw = dotenv_values(path, interpolate=False) if path.is_file() else {}
     for name in (_alias(Settings.model_fields[field]) for field in _REMOTE_PATHS):
         if found := BRACES.search(raw.get(name) or ""):

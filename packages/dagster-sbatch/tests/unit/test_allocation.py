@@ -51,11 +51,11 @@ def test_what_the_asset_names_wins() -> None:
         ({"gpus_per_node": 1, "partition": CPU}, None, None, f"{CPU} has no GPUs. Leave partition out, or write"),
         ({"qos": CPU, "gpus_per_node": 1}, None, None, f"qos='{CPU}' is not a QoS of partition {GPU}"),
         ({"partition": "zen4_768"}, None, None, f"did you mean '{CPU}'"),
-        ({}, "zen4_768", None, f"did you mean '{CPU}'"),
+        ({}, "zen4_768", None, f"SLURM_PARTITION='zen4_768' is no partition of this site; did you mean '{CPU}'"),
         ({}, None, "dev_zen4_768", f"did you mean 'dev_{CPU}'"),
         ({"nodes": 3, "time_limit": "5"}, None, f"dev_{CPU}", "allows a user at most 2"),
         ({"qos": f"dev_{CPU}", "time_limit": "11"}, None, None, "is over the 00:10:00"),
-        ({"time_limit": "4-00"}, None, None, "is over the 3-00:00:00"),
+        ({"time_limit": "4-00"}, None, None, f"less time, or QoS idle_{CPU}, or QoS long_{CPU}"),
         ({"time_limit": "4-00", "qos": f"fast_{GPU}", "gpus_per_node": 1}, None, None, "is over the 3-00:00:00"),
         ({"cpus_per_task": 191}, None, None, "gives a job 190 CPUs"),
         ({"cpus_per_task": 100, "ntasks_per_node": 2}, None, None, "gives a job 190 CPUs"),
@@ -88,7 +88,7 @@ def test_a_site_whose_nodes_all_have_gpus_runs_requests_without_gpus_there() -> 
     ("partitions", "fields", "text"),
     [
         ({}, {}, "the site has no partition. Describe one in its entry of SUPERCOMPUTER_SITE_OVERRIDES:"),
-        ({"cpu": {"cores": 8, "mem": "64G"}}, {"gpus_per_node": 1}, "with GPUs. Leave gpus_per_node out"),
+        ({"cpu": {"cores": 8, "mem": "64G"}}, {"gpus_per_node": 1}, "this site has no GPUs. Leave gpus_per_node out"),
         ({"cpu": {"cores": 8, "mem": "64G"}}, {"qos": "fast"}, "is not a QoS of partition cpu; it has none"),
     ],
 )

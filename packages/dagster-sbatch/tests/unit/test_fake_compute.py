@@ -120,7 +120,10 @@ def test_the_page(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("request_", "text"),
-    [(SlurmRequest(gpus_per_node=5), "zen4_0768_h100x4"), (SlurmRequest(partition="zen5"), "has no partition")],
+    [
+        (SlurmRequest(gpus_per_node=5), "zen4_0768_h100x4"),
+        (SlurmRequest(partition="zen5"), "is no partition of this site"),
+    ],
 )
 def test_what_would_be_refused_is_refused(request_: SlurmRequest, text: str) -> None:
     @dg.asset

@@ -247,11 +247,18 @@ def test_a_refusal_for_a_budget_says_where_it_is_shown() -> None:
     assert said.endswith("or name another project in SLURM_ACCOUNT, or in the asset's SlurmRequest(account=...)")
 
 
-def test_another_refusal_stays_as_it_is_and_asks_for_no_projects() -> None:
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        (
+            "sbatch: error: Memory specification",
+            "\nscripts/preview ASSET shows the request. Correct it, or ask the centre",
+        ),
+        ("No space left on device", ""),
+    ],
+)
+def test_another_refusal_asks_for_no_projects(text: str, advice: str) -> None:
     def ask() -> Projects:
         raise AssertionError
 
-    assert (
-        explain_refusal("sbatch: error: Memory specification", SlurmRequest(), ask)
-        == "sbatch: error: Memory specification"
-    )
+    assert explain_refusal(text, SlurmRequest(), ask) == f"{text}{advice}"

@@ -205,7 +205,9 @@ def test_a_line_that_means_nothing_is_named(root: Path, capfd: pytest.CaptureFix
     write(root / ".env", 'SLURM_ACCOUNT=p1\nSLURM_QOS: dev\nSLURM_PARTITION="zen4\n')
     with pytest.raises(ConfigurationError) as error:
         load_settings(SITES, root)
-    assert str(error.value).splitlines() == [f"{root}/.env, line {line}: this is not NAME=value" for line in (2, 3)]
+    assert str(error.value).splitlines() == [
+        f"{root}/.env, line {line}: this is not NAME=value, or lacks a quotation mark" for line in (2, 3)
+    ]
     assert capfd.readouterr() == ("", "")
 
 
@@ -239,7 +241,7 @@ def test_a_secret_that_others_can_read_is_refused_and_not_repeated(root: Path) -
     write(path, "ASC_AUTHENTIK_API_TOKEN=test-api-token\n")
     load_settings(SITES, root)
     path.chmod(0o640)
-    with pytest.raises(ConfigurationError, match=r"ASC_AUTHENTIK_API_TOKEN.*chmod 600") as error:
+    with pytest.raises(ConfigurationError, match=r"ASC_AUTHENTIK_API_TOKEN.*\n  chmod 600 ") as error:
         load_settings(SITES, root)
     assert "test-api-token" not in str(error.value)
 

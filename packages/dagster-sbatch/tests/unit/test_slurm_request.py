@@ -77,7 +77,7 @@ def test_other_memory_sizes_are_refused(text: str) -> None:
         ({"num_gpus": 4}, "num_gpus: unknown field"),
         ({"gpus": 4}, "gpus: unknown field; did you mean 'gpus_per_node'?"),
         ({"gpu_per_node": 4}, "did you mean 'gpus_per_node'"),
-        ({"partition": "a b"}, "partition: 'a b' is not valid"),
+        ({"partition": "a b"}, "partition: 'a b' is not a name"),
         ({"partition": 5}, "partition: this is not a text. Write it in quotes"),
         ({"account": "x\n#SBATCH --uid=0"}, "account: "),
         ({"nodelist": "n1;rm"}, "nodelist: "),

@@ -47,16 +47,17 @@ def allocate(
     name, nodes = choose_partition(request, site, partition)
     chosen_qos, from_environment = choose_qos(request, site, name, qos)
     filled: dict[str, Any] = {"partition": name, "qos": chosen_qos}
-    notes, limits = list[str](), nodes.limits_of(chosen_qos)
+    notes, limits, asked = list[str](), nodes.limits_of(chosen_qos), request.time_limit
     if limits.nodes and request.nodes > limits.nodes:
         raise ConfigurationError(
             f"nodes={request.nodes}: QoS {chosen_qos} allows a user at most {limits.nodes}. Request fewer nodes"
         )
-    if limits.time_limit and request.time_limit > limits.time_limit:
+    if limits.time_limit and asked > limits.time_limit:
         longest = format_time(limits.time_limit)
-        text = f"time_limit {format_time(request.time_limit)} is over the {longest} that QoS {chosen_qos} allows"
+        text = f"time_limit {format_time(asked)} is over the {longest} that QoS {chosen_qos} allows"
         if not from_environment:
-            raise ConfigurationError(f"{text}. Request less time, or another QoS ({', '.join(nodes.qos)})")
+            longer = [f", or QoS {name}" for name, qos in nodes.qos.items() if (qos.time_limit or asked) >= asked]
+            raise ConfigurationError(f"{text}. Request less time{''.join(longer)}")
         notes.append(f"{text} (from SLURM_QOS): shortened to {longest}")
         filled["time_limit"] = limits.time_limit
     filled |= {"account": request.account or account, "reservation": request.reservation or reservation}
@@ -67,12 +68,11 @@ def allocate(
 def choose_partition(request: SlurmRequest, site: Site, preferred: str | None) -> tuple[str, Partition]:
     """Return the partition to submit to, with its name; `preferred`: SLURM_PARTITION."""
     wants_gpus = request.gpus_per_node > 0
-    for name in (request.partition, preferred):
+    for origin, name in (("partition", request.partition), ("SLURM_PARTITION", preferred)):
         if name and name not in site.partitions:
-            raise ConfigurationError(f"the site has no partition {name!r}{nearest(name, site.partitions)}")
+            raise ConfigurationError(f"{origin}={name!r} is no partition of this site{nearest(name, site.partitions)}")
     fitting = [name for name, nodes in site.partitions.items() if bool(nodes.gpus) == wants_gpus]
-    if not wants_gpus:
-        fitting = fitting or list(site.partitions)  # a site whose nodes all have GPUs
+    fitting = fitting or ([] if wants_gpus else list(site.partitions))  # a site whose nodes all have GPUs
     if not site.partitions:
         raise ConfigurationError(
             "the site has no partition. Describe one in its entry of SUPERCOMPUTER_SITE_OVERRIDES:\n"
@@ -80,7 +80,7 @@ def choose_partition(request: SlurmRequest, site: Site, preferred: str | None) -
         )
     if not fitting:
         raise ConfigurationError(
-            f"gpus_per_node={request.gpus_per_node}: the site has no partition with GPUs. Leave gpus_per_node out"
+            f"gpus_per_node={request.gpus_per_node}: this site has no GPUs. Leave gpus_per_node out"
         )
     chosen = request.partition or (preferred if preferred in fitting else fitting[0])
     if wants_gpus and chosen not in fitting:

@@ -125,17 +125,16 @@ def explain_refusal(text: str, request: SlurmRequest, ask: Callable[[], Projects
     """
     another = "SLURM_ACCOUNT, or in the asset's SlurmRequest(account=...)"
     if _ABOUT_LIMITS in text:
-        qos = request.qos or "(the default)"
         advice = (
             "The job could use more computing time than the project has left; scripts/costs shows that. Request "
             f"less, or name another project in {another}"
             if _ABOUT_BUDGETS.search(text)
-            else f"The request is outside a limit of QoS {qos} or of the project. Request less time or fewer nodes, "
-            "or another QoS: SLURM_QOS, or the asset's SlurmRequest(qos=...)"
+            else f"The request is outside a limit of QoS {request.qos or '(the default)'} or of the project. Request "
+            "less time or fewer nodes, or another QoS: SLURM_QOS, or the asset's SlurmRequest(qos=...)"
         )
         return f"{text}\n{advice}"
     if not _ABOUT_PROJECTS.search(text):
-        return text
+        return text + "\nscripts/preview ASSET shows the request. Correct it, or ask the centre" * ("sbatch:" in text)
     projects = ask()
     charged = charged_project(request.account, projects.default)
     others = ", ".join(sorted({*projects.qos} - {charged}))

@@ -38,7 +38,7 @@ def word(pattern: str, what: str) -> AfterValidator:
 
 
 # These need no quotes in a shell: no space, no quote, no newline.
-Name = Annotated[str, word(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", "is not valid here: an example is 'zen4_0768'")]
+Name = Annotated[str, word(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", "is not a name: write letters, digits, _ . and -")]
 NodeList = Annotated[str, word(r"[A-Za-z0-9_.,\[\]-]+", "is not valid here: an example is 'n[4001-4003],n4007'")]
 Constraint = Annotated[str, word(r"[A-Za-z0-9_.,&|*()\[\]-]+", "is not valid here: an example is 'hdr&nvme'")]
 Dependency = Annotated[

@@ -167,9 +167,9 @@ def _connect_tcp(hop: Hop) -> socket.socket:
 def _describe(error: Exception, hop: Hop, gateway: Connection | None) -> str:
     through = f" through the jump host {gateway.host}" if gateway else ""
     if isinstance(error, socket.gaierror):
-        reason = f"the name is not known ({error.strerror})"
+        reason = f"the name is not known ({error.strerror}). Check its spelling, the network and the VPN"
     elif isinstance(error, ConnectionRefusedError):
-        reason = "it refuses connections. SSH is switched off there, or uses another port"
+        reason = "it refuses connections. SSH is switched off there, or uses another port: SLURM_EDGE_NODE_PORT"
     else:
         reason = text_of(error)
     return f"{hop} cannot be reached{through}: {reason}"

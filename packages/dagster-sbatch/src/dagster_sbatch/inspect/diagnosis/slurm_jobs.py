@@ -112,7 +112,7 @@ def check_job_script(facts: Facts, definitions: dg.Definitions, asset: str, part
     except NotPreviewedError as error:
         return warning(f"not tried: {error}", command)
     except ConfigurationError as error:
-        return broken(f"its run would fail: {error}", f"correct the asset; {command}")
+        return broken(f"its run would fail: {error}", f"correct the asset. To see its job:\n  {command}")
     answers = [try_script(facts.runs.gateway, preview, facts.projects, facts.usage) for preview in previews]
     found = "\n".join(
         said if preview.step == asset else f"{preview.step}: {said}"
@@ -121,4 +121,4 @@ def check_job_script(facts: Facts, definitions: dg.Definitions, asset: str, part
     if all(accepted for accepted, _ in answers):
         return ok(found)
     other = "if all assets are refused, correct the settings or SUPERCOMPUTER_SITE_OVERRIDES"
-    return broken(found, f"do what it says, or correct the asset; {other}; {command} --test-only")
+    return broken(found, f"do what it says, or correct the asset; {other}. To ask again:\n  {command} --test-only")

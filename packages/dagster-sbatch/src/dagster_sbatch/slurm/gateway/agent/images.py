@@ -43,7 +43,7 @@ def problem_of(path):
                     "Wait until it is copied, or copy it again." % (path, host, missing)
                 )
     except (FileNotFoundError, NotADirectoryError):
-        return "There is no container image %s on %s. Copy it to there, or correct Container(...)." % (path, host)
+        return "There is no container image %s on %s. Copy it there, or correct Container(...)." % (path, host)
     except PermissionError:
         return "You may not read the container image %s on %s. Ask its owner to permit that." % (path, host)
     if known:
