@@ -38,12 +38,13 @@ if it begins with `SLURM_`, `ASC_` or `DAGSTER_DEPLOYMENT`. This table is made f
 
 Dagster's own commands, and so its services and their runs, put the variables of `.env` over those of the process
 environment. `scripts/dev` does not start if the two differ. Before you call `dagster` yourself, or use the units of
-[long-running](long-running.md), remove from `.env` what is set there, such as `DAGSTER_DEPLOYMENT` and `DAGSTER_HOME`.
+[long-running](long-running.md), remove from `.env` what your shell or the units set, such as `DAGSTER_DEPLOYMENT` and
+`DAGSTER_HOME`.
 
-The deployment is `development` unless `DAGSTER_DEPLOYMENT` names another in the process environment or in `.env`. That
-line in `.env.<SLURM_SUPERCOMPUTER_SITE>` counts only where `SLURM_SUPERCOMPUTER_SITE` is set in one of these two and
-`DAGSTER_DEPLOYMENT` is not, and in commands that always concern the supercomputer, such as `scripts/doctor` and
-`scripts/preview`.
+The deployment is `development` unless the process environment or `.env` has `DAGSTER_DEPLOYMENT`. The file
+`.env.<SLURM_SUPERCOMPUTER_SITE>` has that line, too. It counts in commands that always concern the supercomputer, such as
+`scripts/doctor` and `scripts/preview`. Elsewhere it counts only if the process environment or `.env` sets
+`SLURM_SUPERCOMPUTER_SITE` and not `DAGSTER_DEPLOYMENT`.
 
 `SLURM_PARTITION`, `SLURM_QOS`, `SLURM_ACCOUNT` and `SLURM_RESERVATION` are also variables of `srun`, with the same
 meaning. Where a module or profile exports one of them on the machine on which Dagster runs, that value wins over the
