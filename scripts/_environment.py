@@ -56,8 +56,6 @@ def activate() -> None:
     sys.excepthook = lambda kind, *more: None if kind is KeyboardInterrupt else sys.__excepthook__(kind, *more)
     _open_streams()
     _refuse_syntax()
-    for variable in ("PYTHONHOME", "PYTHONPATH", "PYTHONSAFEPATH"):  # a module or a shell's profile may have set them,
-        os.environ.pop(variable, None)  # for another Python. The first line of each script ignores them, too
     prefix = Path(sys.prefix).resolve()  # links, such as to a disk with more room, count as what they point to
     if (ROOT / ".pixi" / "envs").resolve() in prefix.parents or (prefix == VENV.resolve() and _is_current()):
         return
@@ -69,6 +67,8 @@ def activate() -> None:
         if not _is_current():
             _set_up()
         command = [str(PYTHON), *command]
+    for variable in ("PYTHONHOME", "PYTHONPATH", "PYTHONSAFEPATH"):  # a module or a shell's profile may have set them,
+        os.environ.pop(variable, None)  # for another Python. The first line of each script ignores them, too
     if locale.nl_langinfo(locale.CODESET).upper() != "UTF-8" and not str(ROOT).isascii():
         os.environ["LC_ALL"] = "C.UTF-8"  # or Python 3.11 misreads this path, which is in a file of the environment
     sys.stdout.flush()

@@ -313,7 +313,7 @@ def test_no_secret_of_dagster_reaches_an_agent_on_this_machine(
 ) -> None:
     monkeypatch.setenv("ASC_OIDC_APP_PASSWORD", "secret")
     monkeypatch.setenv("SBATCH_QOS", "wrong")
-    (no_slurm / "sbatch").write_text(f"#!/bin/sh\nenv >{tmp_path}/environment\necho 17\n")
+    (no_slurm / "sbatch").write_text(f"#!/bin/sh\nenv >'{tmp_path}/environment'\necho 17\n")
     assert open_gateway().test("#!/bin/sh\n") == (True, "17")
     names = {line.partition("=")[0] for line in (tmp_path / "environment").read_text().splitlines()}
     assert "SLURM_TIME_FORMAT" in names

@@ -337,7 +337,7 @@ def test_the_sampler_cancels(
 ) -> None:
     """Once more with its next sample if Slurm did not answer: until then it has not ended the job."""
     scancel, calls = tmp_path / "scancel", tmp_path / "calls"
-    scancel.write_text(f'#!/bin/sh\necho "$@" >>{calls}\n[ "$(wc -l <{calls})" = 2 ] && kill $$\n')
+    scancel.write_text(f"#!/bin/sh\necho $* >>'{calls}'\n[ $(wc -l <'{calls}') = 2 ] && kill $$\n")
     scancel.chmod(0o755)
     for name, value in {"SLURM_JOB_ID": JOB, "PATH": f"{tmp_path}:{os.environ['PATH']}", **array}.items():
         monkeypatch.setenv(name, value)
