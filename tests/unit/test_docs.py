@@ -42,8 +42,8 @@ environment. `scripts/dev` does not start if the two differ. Before you call `da
 `DAGSTER_HOME`.
 
 The deployment is `development` unless the process environment or `.env` has `DAGSTER_DEPLOYMENT`. The file
-`.env.<SLURM_SUPERCOMPUTER_SITE>` has that line, too. It counts in commands that always concern the supercomputer, such as
-`scripts/doctor` and `scripts/preview`. Elsewhere it counts only if the process environment or `.env` sets
+`.env.<SLURM_SUPERCOMPUTER_SITE>` has that line, too. It counts in commands that always concern the supercomputer, such
+as `scripts/doctor` and `scripts/preview`. Elsewhere it counts only if the process environment or `.env` sets
 `SLURM_SUPERCOMPUTER_SITE` and not `DAGSTER_DEPLOYMENT`.
 
 `SLURM_PARTITION`, `SLURM_QOS`, `SLURM_ACCOUNT` and `SLURM_RESERVATION` are also variables of `srun`, with the same
