@@ -236,8 +236,8 @@ def test_what_slurm_says_to_the_assets_job_scripts(set_variables: Set) -> None:
         assert "reservation" in findings[f"asset {name}"].found
         command = f"scripts/preview {name}" + (f" --partition '{partition}'" if partition else "")
         fix = findings[f"asset {name}"].fix
-        assert fix.startswith("do what it says, or correct the asset; if all ") and fix.endswith(" --test-only")
-        assert fix.endswith(f"correct the settings or SUPERCOMPUTER_SITE_OVERRIDES; {command} --test-only")
+        assert fix.startswith("do what it says, or correct the asset; if all ")
+        assert fix.endswith(f"SUPERCOMPUTER_SITE_OVERRIDES. To ask again:\n  {command} --test-only")
 
 
 def test_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
