@@ -120,7 +120,7 @@ def test_a_plain_key_is_all_that_is_needed(project: Path, site: SimulatedSite) -
     found = look(project, site, "run")
     states = {name: state for name, state, *_ in found["links"]}
     assert {name for name, state in states.items() if state != "ok"} <= {"open files"}, found["links"]
-    assert "Python" in states
+    assert "environment" in states
     verdict, summary, notes = found["health"]
     assert verdict == "ok"
     assert summary.endswith("id_borealis: nothing expires")

@@ -2,9 +2,9 @@
 
 import errno
 import socket
-import subprocess
 import threading
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,17 +12,17 @@ from typing import Any
 
 import dagster as dg
 import pytest
-from paramiko import ChannelException
 
 from dagster_sbatch.commands import doctor
 from dagster_sbatch.inspect.diagnosis import examine, login_node, make, slurm_jobs, this_machine
 from dagster_sbatch.inspect.diagnosis.finding import Facts, Finding
-from dagster_sbatch.inspect.diagnosis.survey import Output, Room, parse, parse_room, render, take_survey
-from dagster_sbatch.inspect.remote_runs import RunRecord
+from dagster_sbatch.inspect.diagnosis.room import Room, parse_room
+from dagster_sbatch.inspect.remote_runs import RunRecord, Runs
 from dagster_sbatch.run.directory import RunInfo
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Site
-from dagster_sbatch.slurm.gateway import StoppedError
+from dagster_sbatch.slurm.gateway import Gateway, StoppedError
+from dagster_sbatch.slurm.gateway.agent import survey
 from dagster_sbatch.slurm.site import Partition
 from resources import PROJECT
 
@@ -138,14 +138,22 @@ def test_a_job_is_strange_if_none_of_its_runs_is_known(known: str, state: str, t
     assert make(slurm_jobs.check_jobs, facts).state == state
 
 
-def survey(folder: Path, df: str, **variables: str) -> dict[str, Output]:
-    """What this machine answers, with this df."""
-    (folder / "df").write_text(f"#!/bin/sh\n{df}\n")
-    (folder / "df").chmod(0o755)
-    script = render(str(folder / "base"), ("python3",))
-    environment = {"PATH": f"{folder}:/usr/bin:/bin", **variables}
-    done = subprocess.run(["/bin/sh", "-s"], input=script, env=environment, capture_output=True, text=True, check=True)
-    return parse(f"Welcome!\n{done.stdout}")
+Look = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Look:
+    """Take the survey of this machine, with this df and these variables; the login profile sets no other."""
+
+    def take(df: str, **variables: str) -> dict[str, Any]:
+        (tmp_path / "df").write_text(f"#!/bin/sh\n{df}\n")
+        (tmp_path / "df").chmod(0o755)
+        for name, value in {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": str(tmp_path), **variables}.items():
+            monkeypatch.setenv(name, value)
+        agent = SimpleNamespace(profile=SimpleNamespace(value=lambda _: ""))
+        return survey.survey(agent, {"path": f"{tmp_path}/no folder/base"}, None)  # type: ignore[no-any-return, no-untyped-call]
+
+    return take
 
 
 @pytest.mark.parametrize(
@@ -157,19 +165,26 @@ def survey(folder: Path, df: str, **variables: str) -> dict[str, Output]:
     ],
     ids=["nothing", "an error", "no inodes"],
 )
-def test_a_df_that_says_little(tmp_path: Path, df: str, room: Room) -> None:
-    answers = survey(tmp_path, df, HOME=str(tmp_path))
-    assert parse_room(answers["room"].text, answers["quota"].text) == room
-    assert parse_room(answers["room HOME"].text, answers["quota"].text) == room
+def test_a_df_that_says_little(look: Look, df: str, room: Room) -> None:
+    found = look(df)
+    assert {name: parse_room(said, found["quota"]) for name, (_, said) in found["rooms"].items()} == {
+        "HOME": room,
+        "base": room,
+    }
 
 
-def test_the_folders_that_the_login_profile_names_are_checked(tmp_path: Path) -> None:
+def test_a_df_that_does_not_end(look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(survey, "PATIENCE", 0.5)
+    assert look("sleep 987")["rooms"]["base"][1] == "df did not answer within 0 s"
+
+
+def test_the_folders_that_the_login_profile_names_are_checked(look: Look, tmp_path: Path) -> None:
     (tmp_path / "a folder").mkdir()
-    answers = survey(tmp_path, "printf '%s 9 9 9\\n' \"$3\"", HOME=str(tmp_path), SCRATCH=str(tmp_path / "a folder"))
-    assert answers["path SCRATCH"].text == str(tmp_path / "a folder")
-    assert answers["room SCRATCH"].text == f"{tmp_path / 'a folder'} 9 9 9"
-    assert "path DATA" not in answers
-    assert answers["folder"].text == str(tmp_path)
+    found = look("printf '%s 9 9 9\\n' \"$3\"", SCRATCH=str(tmp_path / "a folder"))
+    assert found["rooms"]["SCRATCH"] == (f"{tmp_path}/a folder", f"{tmp_path}/a folder 9 9 9")
+    assert "DATA" not in found["rooms"]
+    assert (found["above"], found["refusal"]) == (str(tmp_path), "")
+    assert {path.name for path in tmp_path.iterdir()} == {"a folder", "df"}
 
 
 def test_a_port_that_is_not_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,47 +211,41 @@ def test_the_doctor_stops_at_wrong_settings(monkeypatch: pytest.MonkeyPatch) -> 
     assert (name, finding.state, "SLURM_EDGE_NODE_PORT" in finding.found) == ("settings", "broken", True)
 
 
-def test_no_python_that_the_agent_can_use(tmp_path: Path) -> None:
-    facts = facts_of(("login.example", 22), tmp_path)
-    facts.site = Site(python_candidates=("python9", "python2", "python3"))
-    facts.survey = {
-        "python python9": Output(127, "sh: python9: not found"),
-        "python python2": Output(0, "2.7"),
-        "python python3": Output(0, "3.6"),
-    }
-    assert login_node.check_python(facts) == ("ok", "python3 is 3.6", "")
-    facts.survey["python python3"] = Output(0, "3.5")
-    state, found, fix = login_node.check_python(facts)
-    assert found == "none of python9, python2, python3 is Python 3.6 or newer on the login node"
-    assert (state, "python_candidates" in fix) == ("broken", True)
-    facts.survey["python python3"] = Output(0, "Could not find platform dependent libraries <exec_prefix>\n3.11")
-    assert login_node.check_python(facts) == ("ok", "python3 is 3.11", "")
-
-
 def test_partitions_that_slurm_does_not_list_are_not_wrong(tmp_path: Path) -> None:
     facts = facts_of(("login.example", 22), tmp_path)
     facts.site = Site(partitions={"cpu": Partition(cores=1, mem="1G")})
-    facts.survey = {"partitions": Output(124, "")}
+    facts.survey = {"partitions": [124, ""]}
     state, found, fix = login_node.check_partitions(facts)
     assert (state, found) == ("broken", "no answer to `scontrol show partition`")
     assert fix == "try again later, or ask the centre"
-    facts.survey = {"partitions": Output(0, "PartitionName=gpu State=UP")}
+    facts.survey = {"partitions": [0, "PartitionName=gpu State=UP"]}
     assert login_node.check_partitions(facts)[1] == "there is no partition cpu"
 
 
-def test_a_login_node_that_runs_no_commands_is_no_traceback() -> None:
-    def open_session() -> None:
-        raise ChannelException(1, "Administratively prohibited")
+def test_a_login_node_that_runs_no_commands_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts, tries = facts_of(("login.example", 22), tmp_path), list[str]()
 
-    connection: Any = SimpleNamespace(transport=SimpleNamespace(open_session=open_session))
-    with pytest.raises(OSError, match="lets you log in, and runs no command: Administratively prohibited"):
-        take_survey(connection, "~/base", ("python3",), ())
+    def refuse() -> Any:
+        tries.append("login")
+        raise OSError("no channel: Administratively prohibited")
+
+    monkeypatch.setattr(login_node, "open_runs", lambda *_: nullcontext(Runs(Gateway(refuse), facts.settings)))
+    state, found, fix = make(login_node.check_login, facts)
+    assert (state, found, tries) == ("broken", "no channel: Administratively prohibited", ["login"])
+    assert "login shell" in fix
 
 
-def test_a_long_temporary_folder(tmp_path: Path) -> None:
-    answers = survey(tmp_path, "exit 0", HOME=str(tmp_path), TMPDIR=f"/tmp/{'x' * 60}")
+def test_a_login_shell_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = facts_of(("login.example", 22), tmp_path)
-    facts.survey = answers
+    silent: Any = SimpleNamespace(exchange=lambda *_, **__: iter(()))
+    monkeypatch.setattr(login_node, "open_runs", lambda *_: nullcontext(Runs(silent, facts.settings)))
+    state, found, _ = make(login_node.check_login, facts)
+    assert (state, found) == ("broken", "the login node has not answered within 120 s")
+
+
+def test_a_long_temporary_folder(look: Look, tmp_path: Path) -> None:
+    facts = facts_of(("login.example", 22), tmp_path)
+    facts.survey = look("exit 0", TMPDIR=f"/tmp/{'x' * 60}")
     state, found, _ = login_node.check_temporary_folder(facts)
     assert (state, found) == ("warning", f"/tmp/{'x' * 60} has 65 characters")
 

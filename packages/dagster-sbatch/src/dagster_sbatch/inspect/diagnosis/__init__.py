@@ -27,7 +27,6 @@ CHECKS: dict[str, Callable[[Facts], Finding]] = {
     "partitions": login_node.check_partitions,
     "storage": login_node.check_storage,
     "deployment folder": login_node.check_folder,
-    "Python": login_node.check_python,
     "projects": slurm_jobs.check_projects,
     "temporary folder": login_node.check_temporary_folder,
     "open files": login_node.check_open_files,
@@ -71,5 +70,5 @@ def make(check: Callable[..., Finding], *arguments: Any) -> Finding:
     try:
         return check(*arguments)
     except (AccessError, SshError, RefusedError, StoppedError) as error:
-        text = str(error) or f"the login node has not answered everything within {slurm_jobs.SECONDS:.0f} s"
+        text = str(error) or f"the login node has not answered everything within {login_node.SECONDS:.0f} s"
         return broken(text, "do what the error says; if it says nothing to do, try again")

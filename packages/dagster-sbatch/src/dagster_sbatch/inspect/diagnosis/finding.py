@@ -1,14 +1,13 @@
 """The result of a check, and the facts that a check leaves for those after it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import dagster as dg
 
-from dagster_sbatch.inspect.diagnosis.survey import Output
 from dagster_sbatch.inspect.remote_runs import Runs
 from dagster_sbatch.project import Project
 from dagster_sbatch.settings import Settings
@@ -40,7 +39,7 @@ class Facts:
     instance: dg.DagsterInstance = field(init=False)
     settings: Settings = field(init=False)
     site: Site = field(init=False)
-    survey: dict[str, Output] = field(init=False)
+    survey: Mapping[str, Any] = field(init=False)  # see agent/survey.py
     runs: Runs = field(init=False)
     projects: Projects = field(init=False)
     usage: Usage | None = field(init=False)

@@ -1,43 +1,44 @@
 """Checks of what the login node's survey says."""
 
-import re
-from contextlib import nullcontext
+from time import monotonic
 
-from dagster_sbatch.auth import ensure_certificate
 from dagster_sbatch.inspect.diagnosis.finding import Facts, Finding, broken, ok, warning
-from dagster_sbatch.inspect.diagnosis.survey import Room, parse_room, take_survey
-from dagster_sbatch.ssh import connect
+from dagster_sbatch.inspect.diagnosis.room import Room, parse_room
+from dagster_sbatch.inspect.remote_runs import open_runs
+from dagster_sbatch.slurm.gateway.link import AgainError
 
+SECONDS = 240.0  # for the agent to answer all requests; Slurm takes some seconds for each job script
+SURVEY_SECONDS = 120.0  # for the login, and the survey; each command there has 20 s
 LEAST_FREE_KIB, LEAST_FREE_FILES = 1 << 20, 10_000
-OLDEST_PYTHON = (3, 6)  # needed by what the client runs on the login node; workloads have their own environment
 LONGEST_TEMPORARY = 40  # characters. Ray creates sockets below it, and the path of a socket has at most 107 (unix(7))
 WANTED_FILES = 65536
-_VERSION = re.compile(r"\b(\d+)\.(\d+)\Z")
 
 
 def check_login(facts: Facts) -> Finding:
-    """Log in, and take the survey that the checks below read."""
-    settings, site = facts.settings, facts.site
-    here = nullcontext() if settings.on_login_node else None
+    """Log in, start the agent, and take the survey that the checks below read."""
+    settings, fix = facts.settings, "try again; check what your login shell does on the login node"
+    facts.runs = facts.until_the_end.enter_context(open_runs(settings, facts.project, SECONDS))
+    request = {"do": "survey.survey", "path": str(settings.deployment_base_path)}
     try:
-        with here or connect(settings, ensure_certificate, site.host_authorities) as connection:
-            base = str(settings.deployment_base_path)
-            facts.survey = take_survey(connection, base, site.python_candidates, site.setup_commands)
-    except OSError as error:
-        return broken(str(error), "try again; check what your login shell does on the login node")
-    return ok("this machine" if here else f"{settings.edge_node_user} at {settings.edge_node_host}")
+        answers = facts.runs.gateway.exchange([request], until=monotonic() + SURVEY_SECONDS)
+        facts.survey = next(answers, (0, {}, b""))[1]
+    except AgainError as error:
+        return broken(str(error), fix)
+    if not facts.survey:
+        return broken(f"the login node has not answered within {SURVEY_SECONDS:.0f} s", fix)
+    return ok("this machine" if settings.on_login_node else f"{settings.edge_node_user} at {settings.edge_node_host}")
 
 
 def check_slurm(facts: Facts) -> Finding:
     """Check that Slurm's commands are there and that its controller answers."""
-    missing = facts.survey["commands"].text.split()
+    missing = facts.survey["missing"]
     if missing:
         fix = "load the module that has them in setup_commands of SUPERCOMPUTER_SITE_OVERRIDES, or ask the centre"
         return broken(f"not on PATH of the login node: {', '.join(missing)}", fix)
-    controller = facts.survey["controller"]
-    if controller.code or " UP" not in controller.text.upper().replace(" IS", " "):
-        return broken(controller.text, "slurmctld does not answer: wait, or ask the centre")
-    return ok(controller.text.splitlines()[0])
+    code, text = facts.survey["controller"]
+    if code or " UP" not in text.upper().replace(" IS", " "):
+        return broken(text, "slurmctld does not answer: wait, or ask the centre")
+    return ok(text.splitlines()[0])
 
 
 def check_partitions(facts: Facts) -> Finding:
@@ -64,9 +65,9 @@ def check_partitions(facts: Facts) -> Finding:
 
 def check_storage(facts: Facts) -> Finding:
     """Check the room in the user's own folders."""
-    folders = [name for name in ("HOME", "DATA", "SCRATCH") if f"path {name}" in facts.survey]
-    rooms = {name: _room(facts, f"room {name}") for name in folders}
-    found = "\n".join(f"${name} {facts.survey[f'path {name}'].text}: {room}" for name, room in rooms.items())
+    folders = {name: path for name, (path, _) in facts.survey["rooms"].items() if name != "base"}
+    rooms = {name: _room(facts, name) for name in folders}
+    found = "\n".join(f"${name} {folders[name]}: {room}" for name, room in rooms.items())
     full = [f"${name}" for name, room in rooms.items() if _is_short(room)]
     if full:
         return warning(found, f"make room in {' and '.join(full)}: remove what you do not need there")
@@ -75,18 +76,18 @@ def check_storage(facts: Facts) -> Finding:
 
 def check_folder(facts: Facts) -> Finding:
     """Check that SLURM_DEPLOYMENT_BASE_PATH can be written to and has room."""
-    base, above, write = (facts.survey[name] for name in ("base", "folder", "write"))
-    if write.code:
+    base, above, refusal = (facts.survey[name] for name in ("base", "above", "refusal"))
+    if refusal:
         fix = "choose another SLURM_DEPLOYMENT_BASE_PATH, or make room (your quota?)"
-        return broken(f"{above.text} cannot be written to: {write.text}", fix)
-    room = _room(facts, "room")
+        return broken(f"{above} cannot be written to: {refusal}", fix)
+    room = _room(facts, "base")
     if _is_short(room):
-        return warning(f"{above.text}: {room}", "make room there: scripts/deploy_environment.py --help says how")
-    return ok(f"{base.text}: {room}{'' if above.text == base.text else '; the first run creates it'}")
+        return warning(f"{above}: {room}", "make room there: scripts/deploy_environment.py --help says how")
+    return ok(f"{base}: {room}{'' if above == base else '; the first run creates it'}")
 
 
 def _room(facts: Facts, name: str) -> Room:
-    return parse_room(facts.survey[name].text, facts.survey["quota"].text)
+    return parse_room(facts.survey["rooms"][name][1], facts.survey["quota"])
 
 
 def _is_short(room: Room) -> bool:
@@ -96,32 +97,19 @@ def _is_short(room: Room) -> bool:
     )
 
 
-def check_python(facts: Facts) -> Finding:
-    """Check that the login node has an interpreter for the agent."""
-    for candidate in facts.site.python_candidates:
-        code, text = facts.survey[f"python {candidate}"]
-        version = _VERSION.search(text)  # what stderr says may stand before it
-        if code == 0 and version and tuple(map(int, version.groups())) >= OLDEST_PYTHON:
-            return ok(f"{candidate} is {version[0]}")
-    oldest = ".".join(map(str, OLDEST_PYTHON))
-    fix = "name another one in python_candidates of SUPERCOMPUTER_SITE_OVERRIDES, or load one in setup_commands"
-    candidates = ", ".join(facts.site.python_candidates)
-    return broken(f"none of {candidates} is Python {oldest} or newer on the login node", fix)
-
-
 def check_temporary_folder(facts: Facts) -> Finding:
     """Check the length of TMPDIR."""
-    path = facts.survey["temporary"].text
+    path = facts.survey["temporary"]
     if len(path) > LONGEST_TEMPORARY:
         fix = f"set TMPDIR to a path of at most {LONGEST_TEMPORARY} characters: Ray creates sockets below it"
         return warning(f"{path} has {len(path)} characters", fix)
-    return ok(path)
+    return ok(path or "TMPDIR is not set")
 
 
 def check_open_files(facts: Facts) -> Finding:
     """Check the hard limit on open files."""
-    limit = facts.survey["files"].text
-    if limit.isdecimal() and int(limit) < WANTED_FILES:
+    limit = facts.survey["files"]
+    if 0 <= limit < WANTED_FILES:  # less than 0: there is none
         found = f"{limit} on the login node, less than the {WANTED_FILES} that Ray wants"
         return warning(found, "compute nodes may allow more; jobs raise their limit as far as the node allows")
-    return ok(limit)
+    return ok(str(limit))

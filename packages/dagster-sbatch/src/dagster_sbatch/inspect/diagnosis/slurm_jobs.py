@@ -14,16 +14,14 @@ from dagster_sbatch.inspect.remote_runs import open_runs
 from dagster_sbatch.slurm.gateway import charged_project
 from dagster_sbatch.slurm.outcome import idle_only
 
-SECONDS = 240.0  # for the agent to answer all requests; Slurm takes some seconds for each job script
 LOCK_SECONDS = 60.0
 LOCK_TRIES = 6  # connections to open: each may reach the login node that holds the lock
 LOCK_FAMILY = "lock-test"
 
 
 def check_projects(facts: Facts) -> Finding:
-    """Open the connection; check the user's projects, and which of them is charged."""
+    """Check the user's projects, and which of them is charged."""
     settings = facts.settings
-    facts.runs = facts.until_the_end.enter_context(open_runs(settings, facts.project, SECONDS))
     facts.projects = projects = facts.runs.gateway.projects()
     facts.usage = ask_usage(facts.runs.gateway, settings)
     charged = charged_project(settings.account, projects.default)
