@@ -12,6 +12,7 @@ from dagster_sbatch import clock
 from dagster_sbatch.auth.access_errors import AccessError, ClockError, RejectedError
 from dagster_sbatch.auth.authentik import OidcToken
 from dagster_sbatch.auth.http import Http
+from dagster_sbatch.auth.keys import type_of
 from dagster_sbatch.settings import Settings
 
 CLOCK_TOLERANCE = timedelta(seconds=30)
@@ -56,8 +57,7 @@ def issue_certificate(settings: Settings, http: Http, public_key: str, token: Oi
         raise AccessError(
             f"{_base(settings)} answered without a certificate. Check ASC_STEP_CA_URL, or ask the centre"
         ) from None
-    length = int.from_bytes(certificate[:4], "big")
-    return f"{certificate[4 : 4 + length].decode(errors='replace')} {answer.data['crt']} {token.email}"
+    return f"{type_of(certificate)} {answer.data['crt']} {token.email}"
 
 
 def _fetch_root(settings: Settings, http: Http) -> bytes:

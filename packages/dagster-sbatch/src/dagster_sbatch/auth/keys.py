@@ -119,6 +119,11 @@ def fingerprint(key: bytes) -> str:
     return "SHA256:" + base64.b64encode(hashlib.sha256(key).digest()).decode().rstrip("=")
 
 
+def type_of(key: bytes) -> str:
+    """Return the type of a public key or a certificate, such as `ssh-ed25519`; it comes first, after its length."""
+    return key[4 : 4 + int.from_bytes(key[:4], "big")].decode(errors="replace")
+
+
 def on_the_wire(key: "serialization.SSHPublicKeyTypes") -> bytes:
     """Return a public key as it is sent over the wire (RFC 4253, section 6.6)."""
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat

@@ -3,16 +3,15 @@
 import base64
 import binascii
 import functools
-import hashlib
-import hmac
 import logging
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from dagster_sbatch import clock
-from dagster_sbatch.auth.keys import Certificate, fingerprint
+from dagster_sbatch.auth.keys import Certificate, fingerprint, type_of
 from dagster_sbatch.ssh import HostKeyError
 
 CERT_AUTHORITY = "@cert-authority"
@@ -154,12 +153,11 @@ def _strings(key: bytes) -> list[bytes]:
 
 def _is_hash_of(hashed: str, name: str) -> bool:
     """Return whether `|1|salt|hash` (HashKnownHosts) is the hash of a name."""
-    try:
-        version, salt, digest = hashed[1:].split("|")
-        expected = hmac.new(base64.b64decode(salt), name.encode(), hashlib.sha1).digest()
-        return version == "1" and hmac.compare_digest(base64.b64decode(digest), expected)
-    except ValueError:
-        return False
+    from paramiko import HostKeys
+
+    with suppress(ValueError, AssertionError):  # it is damaged
+        return bool(HostKeys.hash_host(name, hashed) == hashed)
+    return False
 
 
 def _matches_patterns(patterns: str, name: str) -> bool:
@@ -174,27 +172,6 @@ def _matches_patterns(patterns: str, name: str) -> bool:
     return found
 
 
-@dataclass(frozen=True)
-class HostKey:
-    """What a machine has shown, after it proved that it holds the private key."""
-
-    key: bytes  # the plain public key as sent over the wire
-    certificate: Certificate | None  # of that key, where it showed one
-
-    @classmethod
-    def parse(cls, blob: bytes) -> "HostKey":
-        """Read a host key or host certificate as it was sent in the key exchange.
-
-        Raises ValueError: it is damaged.
-        """
-        certificate = Certificate.parse(_type_of(blob) + b" " + base64.b64encode(blob))
-        return cls(certificate.key if certificate else blob, certificate)
-
-    def __str__(self) -> str:
-        certificate = f"\n  with a certificate {self.certificate}" if self.certificate else ""
-        return f"  {_type_of(self.key).decode()} {fingerprint(self.key)}{certificate}"
-
-
 def check(blob: bytes, host: str, port: int, known: KnownHosts) -> None:
     """Return if the host key is trusted.
 
@@ -204,29 +181,31 @@ def check(blob: bytes, host: str, port: int, known: KnownHosts) -> None:
     Stricter than ssh(1): a certificate without names is for no host, and a key revoked for a host is revoked on all
     its ports.
 
-    `host`: the name that was asked for; certificates and known_hosts are matched with it. `port`: if it is not 22,
-    known_hosts is asked for `[host]:port`, then for `host`.
+    `blob`: a host key or host certificate as it was sent in the key exchange; the machine has proved that it holds the
+    private key. `host`: the name that was asked for; certificates and known_hosts are matched with it. `port`: if it is
+    not 22, known_hosts is asked for `[host]:port`, then for `host`.
     Raises HostKeyError: it is not trusted; the text says why, what was shown, what is known, and what to do.
     """
     where = f"{host} (port {port})"
     try:
-        shown = HostKey.parse(blob)
+        certificate = Certificate.parse(type_of(blob).encode() + b" " + base64.b64encode(blob))
     except ValueError as error:
         raise HostKeyError(f"{where} has shown a damaged host key: {error}") from None
-    names = names_of(host, port)
-    shown_keys = (shown.key, shown.certificate.authority) if shown.certificate else (shown.key,)
+    names, key = names_of(host, port), certificate.key if certificate else blob
+    shown = f"  {type_of(key)} {fingerprint(key)}" + (f"\n  with a certificate {certificate}" if certificate else "")
+    shown_keys = (key, certificate.authority) if certificate else (key,)
     if revoked := [entry for entry in known.matching(names, REVOKED) if entry.key in shown_keys]:
         raise HostKeyError(_text(where, "its key is revoked", shown, revoked, known, _REVOKED))
 
     entries = trusted_entries(known, host, port)
     authorities = [entry for entry in entries if entry.marker == CERT_AUTHORITY]
     keys = [entry for entry in entries if not entry.marker]
-    reason = _certificate_problem(shown.certificate, host, authorities) if shown.certificate else "no certificate"
-    if not reason or shown.key in [entry.key for entry in keys]:
+    reason = _certificate_problem(certificate, host, authorities) if certificate else "no certificate"
+    if not reason or key in [entry.key for entry in keys]:
         return
 
-    if shown.certificate and (authorities or not keys):
-        signed = shown.certificate.authority in [entry.key for entry in authorities]
+    if certificate and (authorities or not keys):
+        signed = certificate.authority in [entry.key for entry in authorities]
         advice = _BAD_CERTIFICATE if signed else _UNKNOWN_AUTHORITY
     else:
         reason = "its key is another than the known one" if keys else "its key is not known"
@@ -266,10 +245,6 @@ def preferred_algorithms(available: tuple[str, ...], host: str, port: int, known
     return tuple(sorted(available, key=rank))
 
 
-def _type_of(blob: bytes) -> bytes:
-    return blob[4 : 4 + int.from_bytes(blob[:4], "big")]
-
-
 def _site_authorities(known: KnownHosts, names: list[str]) -> list[Entry]:
     return [entry for entry in known.site_authorities if any(entry.matches(name) for name in names)]
 
@@ -293,10 +268,10 @@ def _certificate_problem(certificate: Certificate, host: str, authorities: list[
     return next((reason for applies, reason in problems if applies), "")
 
 
-def _text(where: str, reason: str, shown: HostKey, entries: list[Entry], known: KnownHosts, advice: str) -> str:
+def _text(where: str, reason: str, shown: str, entries: list[Entry], known: KnownHosts, advice: str) -> str:
     if entries:
         facts = ["Known for it:", *(f"  {entry}" for entry in entries)]
     else:
         files = (f"{file}{'' if file.exists() else ' (missing)'}" for file in known.files)
         facts = [f"Nothing is known for it in {', '.join(files)}"]
-    return "\n".join([f"{where} is not trusted: {reason}. It has shown", str(shown), *facts, advice])
+    return "\n".join([f"{where} is not trusted: {reason}. It has shown", shown, *facts, advice])
