@@ -52,7 +52,7 @@ def test_an_array_job_is_one_row_of_the_queue() -> None:
     ]
     assert shared_queue.by_job(rows) == {
         "17": ["RUNNING", "JobArrayTaskLimit", "N/A", KEY, "p1", {"PENDING": "4-9", "RUNNING": "2-3"}],
-        "18": ["PENDING", "Priority", "N/A", "other-1", "p1"],
+        "18": ["PENDING", "Priority", "N/A", "other-1", "p1", {"PENDING": "0"}],
         "19": ["PENDING", "Priority", "N/A", "third-1", "p1", {"PENDING": "0"}],
         "20": ["FAILED", "None", "8", "fourth-1", "p1", {}],
     }

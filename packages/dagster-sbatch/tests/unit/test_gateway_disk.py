@@ -381,7 +381,7 @@ def test_a_view_of_the_queue_of_another_version_does_no_harm(
     (tmp_path / "runs").mkdir(mode=0o700)
     (tmp_path / "runs" / f".queue-{os.uname()[1]}.json").write_text(text)
     view = prepare().queue(f"{tmp_path}/runs")
-    assert view["jobs"] == {"17": ["PENDING", "Priority", "N/A", "KEY", "p1"]}
+    assert view["jobs"] == {"17": ["PENDING", "Priority", "N/A", "KEY", "p1", {"PENDING": "0"}]}
 
 
 def test_every_document_on_the_shared_disk_has_a_format(prepare: Prepare, slurm: Path, tmp_path: Path) -> None:

@@ -218,7 +218,8 @@ def test_a_job_is_found_that_began_by_slurms_clock_after_the_time_of_the_login_n
 def test_a_folder_with_further_lines_does_not_disturb_the_queue(say: Say) -> None:
     say("squeue", "printf '7|RUNNING|None|1|/two\\na_b|p1\\n17|PENDING|Priority|2|/my base/KEY|p1\\n'")
     view = shared_queue.Queue().ask()
-    assert (view["jobs"], view["trouble"]) == ({"17": ["PENDING", "Priority", "2", "KEY", "p1"]}, None)
+    row = ["PENDING", "Priority", "2", "KEY", "p1", {"PENDING": "0"}]
+    assert (view["jobs"], view["trouble"]) == ({"17": row}, None)
 
 
 @pytest.mark.parametrize(("earlier", "marked"), [("job.sh", True), ("tasks.jsonl", False)])

@@ -16,17 +16,13 @@ def by_job(rows):
     """Return squeue's rows (id, state, reason, start, key of the run, account) by job, without the id.
 
     The rows of an array job become one: its state is RUNNING as long as a task runs, its reason that of the waiting
-    tasks. It ends with the indices of the tasks that are not over, by state.
+    tasks. A row ends with the indices of the tasks that are not over, by state; a single job is one task, with index 0.
     """
-    jobs, arrays = {}, {}
+    jobs, found = {}, {}
     for name, state, *rest in rows:
-        row = ["PENDING" if state in WAITS else state] + rest
-        job, array, text = name.partition("_")
-        if array:
-            arrays.setdefault(job, []).append((indices(text), row))
-        else:
-            jobs[job] = row
-    for job, tasks in arrays.items():
+        job, _, text = name.partition("_")
+        found.setdefault(job, []).append((indices(text or "0"), ["PENDING" if state in WAITS else state] + rest))
+    for job, tasks in found.items():
         active = {}
         for numbers, row in tasks:
             if row[0] not in OVER:
@@ -112,10 +108,8 @@ class Queue:
 
     def tasks(self, job, key):
         """Return the indices of a job's tasks that are not over, by state, as last seen."""
-        found = self.view["jobs"].get(job)
-        if not found or found[3] != key:
-            return {}
-        active = found[5] if len(found) > 5 else {} if found[0] in OVER else {found[0]: "0"}
+        found = self.view["jobs"].get(job, ())
+        active = found[5] if len(found) > 5 and found[3] == key else {}  # an older agent writes shorter rows
         return {state: indices(text) for state, text in active.items()}
 
 
