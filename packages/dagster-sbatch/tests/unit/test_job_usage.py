@@ -42,7 +42,7 @@ def test_a_job_that_was_not_measured_has_the_numbers_of_slurm(own: dict[str, obj
 def test_a_plot_is_a_line_of_bars() -> None:
     shown = plot({"series": SERIES}, SlurmRequest(cpus_per_task=2, gpus_per_node=1))
     assert shown == "GPU ▁▅█ 0 to 100 % · CPU ▅█ 1.0 to 2.0 of 2 · memory ▁▂█ at most 1.00 GiB"
-    assert plot({"series": [[None, 1.0, None]] * 63}, SlurmRequest()).count("█") == 32
+    assert plot({"series": [[None, 1.0, None]] * 31}, SlurmRequest()).count("█") == 31
 
 
 def test_a_job_that_its_sampler_has_ended_says_so() -> None:

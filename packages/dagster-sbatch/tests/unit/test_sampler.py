@@ -269,7 +269,7 @@ def test_the_series_of_a_long_job_stays_short_and_keeps_the_most_memory() -> Non
         usage.add("", 15.0 * sample, 900.0 if sample == 4321 else 100.0, 30.0 * sample, [])
         usage.point(15.0 * sample)
     series = usage.document(86400.0, series=True)["series"]
-    assert 32 <= len(series) < job_use.MOST_POINTS
+    assert 16 <= len(series) < job_use.MOST_POINTS
     assert max(point[2] for point in series) == 900.0
     assert {point[1] for point in series} == {2.0}
     assert "gpu_percent" not in usage.document(86400.0, series=False)

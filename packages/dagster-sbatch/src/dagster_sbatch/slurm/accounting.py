@@ -52,7 +52,6 @@ def _mebibytes(size: str) -> float | None:
 
 
 _BARS = "▁▂▃▄▅▆▇█"
-_WIDTH = 32  # most bars of a plot
 
 
 def read_number(numbers: Mapping[str, Any], name: str) -> float | None:
@@ -82,10 +81,8 @@ def plot(usage: Mapping[str, Any], request: SlurmRequest) -> str:
 
 
 def _bars(values: Sequence[float], full: float) -> str:
-    """Return bars of Unicode; several values that share one are averaged."""
-    share = -(-len(values) // _WIDTH)
-    groups = [values[place : place + share] for place in range(0, len(values), share)]
-    heights = [sum(group) / len(group) / full if full else 0.0 for group in groups]
+    """Return a bar of Unicode for each value."""
+    heights = [value / full if full else 0.0 for value in values]
     return "".join(_BARS[min(max(int(height * len(_BARS)), 0), len(_BARS) - 1)] for height in heights)
 
 

@@ -1,7 +1,7 @@
 """What the samples of all nodes of a job come to."""
 
 STALE = 60.0  # seconds after which a node's last sample says nothing about now: it may be lost
-MOST_POINTS = 64  # of the series; then each two become one
+MOST_POINTS = 32  # of the series; then each two become one
 
 
 class Usage:

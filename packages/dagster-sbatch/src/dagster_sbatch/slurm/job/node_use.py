@@ -78,12 +78,11 @@ class Node:
         """Return memory and CPU time."""
         if self.processes:
             self.processes.scan()
-        memory, cpu = self.memory(), self.cpu()
-        if (memory is None or cpu is None) and not self.processes:
-            self.processes = Processes(self.job)
-            self.processes.scan()
-            memory, cpu = self.memory(), self.cpu()
-        return memory, cpu
+        found = self.memory(), self.cpu()
+        if self.processes or None not in found:
+            return found
+        self.processes = Processes(self.job)
+        return self.sample()
 
 
 class Processes:
