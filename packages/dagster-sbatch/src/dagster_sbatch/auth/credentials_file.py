@@ -29,9 +29,9 @@ Source = Literal["stored", "bootstrap", "direct"]
 """Where a credential came from: the credentials file, ASC_AUTHENTIK_API_TOKEN, ASC_OIDC_APP_PASSWORD."""
 
 _VARIABLES = {"api_token": "ASC_AUTHENTIK_API_TOKEN", "app_password": "ASC_OIDC_APP_PASSWORD"}
-_ATTRIBUTES = ("_ID", "_EXPIRES_AT", "_CREATED_AT")
+_SUFFIXES = ("", "_ID", "_EXPIRES_AT", "_CREATED_AT")  # of the variables of a secret, in the order of its fields
 _RECORD, _USER = "ASC_AUTHENTIK_TOKEN_RECORD", "ASC_OIDC_USERNAME"
-_OWN = {name + suffix for name in _VARIABLES.values() for suffix in ("", *_ATTRIBUTES)} | {_RECORD, _USER}
+_OWN = {name + suffix for name in _VARIABLES.values() for suffix in _SUFFIXES} | {_RECORD, _USER}
 _PLAIN = re.compile(r"[A-Za-z0-9_.:+@\- ]*")
 _HEADER = """\
 # Written by the project, which replaces these secrets before they expire. Do not copy this file: copies stop working.
@@ -122,11 +122,8 @@ class Credentials:
 
 
 def _parse_secret(name: str, values: dict[str, str | None]) -> Secret | None:
-    value = values.get(name)
-    if not value:
-        return None
-    identifier, expires, created = (values.get(name + suffix) or "" for suffix in _ATTRIBUTES)
-    return Secret(value, identifier, _parse_time(expires), _parse_time(created))
+    value, identifier, expires, created = (values.get(name + suffix) or "" for suffix in _SUFFIXES)
+    return Secret(value, identifier, _parse_time(expires), _parse_time(created)) if value else None
 
 
 def _parse_time(text: str) -> datetime | None:
@@ -140,10 +137,9 @@ def _parse_time(text: str) -> datetime | None:
 def _render_secret(name: str, secret: Secret | None) -> dict[str, str]:
     if secret is None:
         return {}
-    moments = {"_EXPIRES_AT": secret.expires, "_CREATED_AT": secret.created}
-    times = {name + suffix: moment.isoformat() for suffix, moment in moments.items() if moment is not None}
-    identifier = {name + "_ID": secret.identifier} if secret.identifier else {}
-    return {name: secret.value, **identifier, **times}
+    times = (moment.isoformat() if moment else "" for moment in (secret.expires, secret.created))
+    texts = zip(_SUFFIXES, (secret.value, secret.identifier, *times), strict=True)
+    return {name + suffix: text for suffix, text in texts if text}
 
 
 @contextmanager

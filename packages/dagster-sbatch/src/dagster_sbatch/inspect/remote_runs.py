@@ -82,8 +82,7 @@ class Runs:
     def task_counts(self, found: Iterable[RunRecord]) -> dict[str, Mapping[str, int]]:
         """Return the numbers of tasks (`done`, `running`, `waiting`, `failed`) of array jobs, by run directory."""
         paths = [run.path for run in found]
-        counts: dict[str, Mapping[str, int]] = self.gateway.ask(do="run_directories.task_counts", paths=paths)["counts"]
-        return counts
+        return dict(self.gateway.ask(do="run_directories.task_counts", paths=paths)["counts"])
 
     def cancel_task(self, run: RunRecord, index: int) -> JobEnd:
         """Cancel one task of an array job, and wait until it is over; return how it ended.
@@ -137,9 +136,8 @@ def open_runs(
         on_trouble(text)
 
     gateway = make_gateway(settings, site, stop, note)
-    limit = threading.Timer(seconds, stop.set) if seconds else None
-    if limit:
-        limit.start()
+    limit = threading.Timer(seconds or threading.TIMEOUT_MAX, stop.set)
+    limit.start()
     try:
         yield Runs(gateway, settings)
     except StoppedError:
@@ -147,8 +145,7 @@ def open_runs(
             f"{settings.edge_node_host} has not answered everything within {seconds:.0f} s. Last error: {troubles[-1]}"
         ) from None
     finally:
-        if limit:
-            limit.cancel()
+        limit.cancel()
         gateway.close()
 
 

@@ -156,8 +156,7 @@ class Gateway(Link):
 
     def runs(self, runs: str) -> list[Mapping[str, Any]]:
         """Return every run in the folder: `run` (path), `about`, `job`, `end` (None: unknown), `at` (last event)."""
-        found: list[Mapping[str, Any]] = self.ask(do="run_directories.runs", runs=runs)["found"]
-        return found
+        return list(self.ask(do="run_directories.runs", runs=runs)["found"])
 
     def reject(self, run: str, task: int | None = None) -> None:
         """Record that this step rejects a run's result: no attempt uses it again. Nobody waits for the answer.
@@ -170,8 +169,7 @@ class Gateway(Link):
 
     def clean(self, runs: str, names: Sequence[str]) -> list[str]:
         """Remove the runs of these names, and what was begun and never finished; return the names of removed runs."""
-        cleaned: list[str] = self.ask(do="claims.clean", runs=runs, names=list(names))["cleaned"]
-        return cleaned
+        return list(self.ask(do="claims.clean", runs=runs, names=list(names))["cleaned"])
 
     def ping(self) -> str:
         """Return the name of the login node; keep the connection alive while other work takes long.

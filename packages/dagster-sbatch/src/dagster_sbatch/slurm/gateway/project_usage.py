@@ -136,18 +136,10 @@ def _life(row: Sequence[str], tracked: Sequence[str]) -> JobLife:
     job, _, user, project, start, end, seconds, text, partition, name, comment = row
     if not seconds.lstrip("-").isdigit():  # a damaged row of the accounting: it ran for all of that time
         seconds = str(int(end) - int(start)) if end.isdigit() else "0"
-    return JobLife(
-        job=job,
-        user=user,
-        project=project,
-        start=datetime.fromtimestamp(int(start), UTC),
-        end=datetime.fromtimestamp(int(end), UTC) if end.isdigit() else None,
-        seconds=max(float(seconds), 0.0),
-        tres=parse_tres(text, tracked),
-        partition=partition,
-        name=name,
-        comment=comment,
-    )
+    begun = datetime.fromtimestamp(int(start), UTC)
+    ended = datetime.fromtimestamp(int(end), UTC) if end.isdigit() else None
+    ran, tres = max(float(seconds), 0.0), parse_tres(text, tracked)
+    return JobLife(job, user, project, begun, ended, ran, tres, partition, name, comment)
 
 
 def _queued(row: Sequence[Any], tracked: Sequence[str]) -> Queued:

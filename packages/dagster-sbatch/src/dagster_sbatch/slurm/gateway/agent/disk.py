@@ -74,13 +74,13 @@ def names_in(folder):
         return []
 
 
-def stamp_of(path, *names):
-    """Return these fields of a file's status, which change with the file; None if it cannot be found now."""
+def stamp_of(path):
+    """Return what changes with a file, of its status; None if it cannot be found now."""
     try:
         found = os.stat(path)
     except OSError:
         return None
-    return [getattr(found, name) for name in names]
+    return [found.st_ino, found.st_size, found.st_mtime_ns]
 
 
 def remove_tree(path):

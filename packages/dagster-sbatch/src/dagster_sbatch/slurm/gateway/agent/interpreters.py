@@ -14,7 +14,6 @@ from .slurm_commands import for_slurm
 
 LAST_WORDS = 5.0  # seconds for the output of a command that has ended, if another process has its pipe, too
 REMEMBERED = 86400.0  # seconds; a better candidate may have been installed since
-STAMP = ("st_ino", "st_size", "st_mtime_ns")
 MARK = "\x1e"  # begins the lines of DESCRIBE; a profile or a module prints other lines
 DESCRIBE = (
     "import json, os, platform, sys; glibc = os.confstr('CS_GNU_LIBC_VERSION').split()[1]; "
@@ -98,8 +97,7 @@ def choose(ask):
 
 def stamp(ask, found):
     """Return what changes when another interpreter is installed in the same place."""
-    paths = (ask["python"] or found["given"], found["executable"])
-    return [stamp_of(path, *STAMP) for path in paths]
+    return [stamp_of(path) for path in (ask["python"] or found["given"], found["executable"])]
 
 
 def probe(ask):

@@ -11,15 +11,7 @@ from .follower import Follower
 from .location import Location, RemovedError, give_up, inodes_above
 from .paths import login_environment
 from .run_directories import digest, has, job_of, lay_out, locate, mark, note_follower, settle
-from .slurm_commands import (
-    ACCOUNT,
-    SBATCH_PATIENCE,
-    await_end,
-    find_by_folder,
-    for_slurm,
-    not_started,
-    scancel,
-)
+from .slurm_commands import ACCOUNT, SBATCH_PATIENCE, await_end, find_by_folder, for_slurm, not_started, scancel
 from .tasks import CONTENTS, Tasks, is_array
 
 JOB_ID = re.compile(r"^(\d+)(?:;\S+)?\s*$", re.M)

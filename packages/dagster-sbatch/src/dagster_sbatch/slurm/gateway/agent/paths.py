@@ -98,8 +98,8 @@ def remember(values, when):
 
 
 def stamps():
-    """Return when each file of the profile has last changed."""
-    return [stamp_of(os.path.expanduser(path), "st_mtime") for path in PROFILES]
+    """Return what changes with each file of the profile."""
+    return [stamp_of(os.path.expanduser(path)) for path in PROFILES]
 
 
 def login_environment():
