@@ -18,6 +18,7 @@ from typing import Literal
 
 from dotenv import dotenv_values
 from dotenv.parser import parse_stream
+from pydantic import SecretStr
 
 from dagster_sbatch.atomic_write import replace_file
 from dagster_sbatch.auth.access_errors import AccessError, UnsafeFileError
@@ -119,6 +120,12 @@ class Credentials:
         text = "".join(f"{name}={json.dumps(value)}\n" for name, value in lines.items())
         with explained():
             replace_file(path, _HEADER + text + self.others)
+
+
+def candidates(stored: Secret | None, source: Source, given: SecretStr | None) -> dict[Source, str]:
+    """Return the secrets to try, by where they come from: the stored one, then that of a variable (`source`)."""
+    found: dict[Source, str] = {"stored": stored.value} if stored else {}
+    return {**found, source: given.get_secret_value()} if given else found
 
 
 def _parse_secret(name: str, values: dict[str, str | None]) -> Secret | None:

@@ -11,7 +11,7 @@ from dagster_sbatch import clock
 from dagster_sbatch.atomic_write import remove_half_written
 from dagster_sbatch.auth.access_errors import AccessError, RejectedError, UnavailableError
 from dagster_sbatch.auth.authentik import APP_BUTTON, Authentik, OidcToken, request_oidc_token
-from dagster_sbatch.auth.credentials_file import Source, explained
+from dagster_sbatch.auth.credentials_file import Source, candidates, explained
 from dagster_sbatch.auth.http import Http
 from dagster_sbatch.auth.issuer import issue_certificate
 from dagster_sbatch.auth.keys import Certificate, certificate_path, ensure_key, public_path, write_certificate
@@ -182,13 +182,8 @@ class Refresher:
             reasons.append(why)
 
     def _try_app_passwords(self) -> tuple[OidcToken, Source] | None:
-        direct, stored = self._settings.oidc_app_password, self._access.stored
-        candidates: dict[Source, str] = {}
-        if stored.app_password:
-            candidates["stored"] = stored.app_password.value
-        if direct:
-            candidates["direct"] = direct.get_secret_value()
-        for source, value in candidates.items():
+        stored, direct = self._access.stored.app_password, self._settings.oidc_app_password
+        for source, value in candidates(stored, "direct", direct).items():
             try:
                 return request_oidc_token(self._settings, value, self._http), source
             except RejectedError as error:

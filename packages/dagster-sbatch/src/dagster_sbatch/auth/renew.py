@@ -124,17 +124,15 @@ def refresh_lock(credentials_file: Path, seconds: float) -> Iterator[None]:
         lock = FileLock(
             path, timeout=seconds, mode=0o600, poll_interval=POLL_SECONDS, on_acquired=_sign, fallback_to_soft=False
         )
-        lock.acquire()
+        held = lock.acquire()
     except Timeout:
         holder = path.read_text().strip() or "it did not write its name"
         raise UnavailableError(
             f"Another process has been refreshing the credentials for more than {seconds:.0f} s: {holder}. "
             "It times out by itself after some minutes; if it does not, end that process"
         ) from None
-    try:
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 def _sign(descriptor: int) -> None:

@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from dagster_sbatch import clock
 from dagster_sbatch.auth.access_errors import AccessError, RejectedError, UnavailableError
 from dagster_sbatch.auth.authentik import API_BUTTON, APP_BUTTON, Authentik, Intent, request_oidc_token
-from dagster_sbatch.auth.credentials_file import Credentials, Secret, Source
+from dagster_sbatch.auth.credentials_file import Credentials, Secret, Source, candidates
 from dagster_sbatch.auth.http import Http
 from dagster_sbatch.settings import Settings
 
@@ -111,14 +111,8 @@ class Rotator:
 
     def _choose(self, stored: Credentials) -> tuple[Authentik, Source]:
         """Return an API token that works: the stored one, else ASC_AUTHENTIK_API_TOKEN."""
-        bootstrap = self._settings.authentik_api_token
-        candidates: dict[Source, str] = {}
-        if stored.api_token:
-            candidates["stored"] = stored.api_token.value
-        if bootstrap:
-            candidates["bootstrap"] = bootstrap.get_secret_value()
         refusals: dict[Source, str] = {}
-        for source, value in candidates.items():
+        for source, value in candidates(stored.api_token, "bootstrap", self._settings.authentik_api_token).items():
             authentik = self._authentik(value)
             try:
                 user = authentik.user()
