@@ -356,7 +356,7 @@ def test_the_accounting_of_a_job_that_is_over(
     monkeypatch.chdir(tmp_path)
     say("sacct", sacct)
     begun = time.monotonic()
-    assert slurm_commands.account("17", "JobID,State,MaxRSS", ran) == expected
+    assert slurm_commands.account("17", "JobID,State,MaxRSS", ran, {0}) == expected
     assert time.monotonic() - begun < 50
 
 

@@ -123,7 +123,6 @@ def describe(ask):
 
 
 def install(ask, content, say):
-    """Install wheels into a folder of packages."""
     with making(os.path.join(ask["folder"], "packages", content["layer"])) as new:
         python = skeleton(new, content["interpreter"])
         library = os.path.join(new, "lib", "python" + dotted(content["interpreter"]["version"].split(".")[:2]))

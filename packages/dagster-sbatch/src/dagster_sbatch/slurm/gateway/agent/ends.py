@@ -6,7 +6,7 @@ import time
 
 from .disk import RequestError, inode_of, write
 from .job_record import cause_of, events_of
-from .slurm_commands import FORGOTTEN, OVER, ask_slurm, fields_of, indices, is_of, rows_of
+from .slurm_commands import FORGOTTEN, OVER, ask_slurm, fields_of, indices, indices_in, is_of, rows_of
 
 ENDED = "State,ExitCode,Submit,Start,End,Account,JobName,JobID,WorkDir"
 TASK_ID = re.compile(r" ArrayTaskId=(\S+)")
@@ -126,8 +126,7 @@ def ask_accounting(job, key, wanted):
     rows = [row for row in rows if is_of({"JobName": row[6], "WorkDir": row[-1]}, key)]
     found = {}
     for row in rows:
-        numbers = indices(row[7].partition("_")[2]) if "_" in row[7] else SINGLE
-        found.update(dict.fromkeys(numbers & wanted, over(row, row[5])))
+        found.update(dict.fromkeys(indices_in(row[7]) & wanted, over(row, row[5])))
     return found, bool(rows)
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from .job_record import MESSAGES, MOST_CHUNKS, events_of, pause_after, short_of
 from .run_directories import locate
 from .shared_queue import SQUEUE_EVERY
-from .slurm_commands import COMMAND_PATIENCE, LAG, OVER, UNSEEN, account
+from .slurm_commands import COMMAND_PATIENCE, LAG, OVER, UNSEEN, account, indices_in
 from .tasks import Tasks
 
 READS_PER_SECOND = 100.0  # of tasks, however many run; each opens four files
@@ -81,7 +81,7 @@ class Follower:
         self.active, self.agenda, self.recorded = {}, [], set()
         self.over, self.silent, self.gone, self.pending, self.requeued = {}, {}, set(), set(), set()
         now = self.begun = self.asked = self.news = self.filled = time.time()
-        self.listed = self.reported_at = self.seen = self.viewed = 0.0
+        self.listed = self.reported_at = self.viewed = 0.0
         self.allowance, self.pause, self.took = READS_PER_SECOND / 10, 0, 0.0
         self.reported, self.troubles = None, set()
         for index in self.left & set(self.tasks.ends):  # only its output is missing
@@ -165,12 +165,11 @@ class Follower:
         """Report how many tasks wait and run; note those that squeue shows no more."""
         view, now = self.queue.view, time.time()
         self.complain(view["trouble"])
-        if view["at"] != self.seen and view["at"] > self.begun + 5:  # an older view may be older than the job
-            self.seen = view["at"]
-            shown = set().union(*self.queue.tasks(self.job, self.key).values())
-            self.gone = self.left - shown - self.recorded
         if view["at"] != self.viewed:
-            self.viewed, self.pending = view["at"], self.queue.tasks(self.job, self.key).get("PENDING", set())
+            shown = self.queue.tasks(self.job, self.key)
+            self.viewed, self.pending = view["at"], shown.get("PENDING", set())
+            if self.viewed > self.begun + 5:  # an older view may be older than the job
+                self.gone = self.left.difference(self.recorded, *shown.values())
         if self.tasks.array and now - self.reported_at < REPORT_EVERY:
             return
         started = {index for index, task in self.active.items() if task.began}
@@ -265,10 +264,8 @@ class Follower:
         times = [self.tasks.ends[index]["times"] for index in self.followed if index in self.tasks.ends]
         starts, ends = [each[1] for each in times if each[1]], [each[2] for each in times if each[2]]
         ran, rows = max(ends) - min(starts) if starts and ends else 0, {}
-        if not self.tasks.array:
-            return {"over": True, "rows": {"0": account(self.job, self.fields, ran)}}
         for row in account(self.job, self.fields, ran, self.followed):
-            index = row[0].partition("_")[2].partition(".")[0]
-            if index.isdigit():  # tasks that never started share a row, with nothing in it
-                rows.setdefault(index, []).append(row)
+            found = indices_in(row[0])
+            if len(found) == 1:  # tasks that never started share a row, with nothing in it
+                rows.setdefault(found.pop(), []).append(row)
         return {"over": True, "rows": rows}

@@ -210,7 +210,6 @@ def reject(_, ask, __):
 
 
 def attempt(_, ask, __):
-    """Return what is known of a run."""
     return attempt_of(locate(ask)[0])
 
 

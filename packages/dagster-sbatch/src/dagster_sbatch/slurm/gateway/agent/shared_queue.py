@@ -5,7 +5,7 @@ import threading
 import time
 
 from .disk import RequestError, check, load, lock, own, store
-from .slurm_commands import OVER, indices, ranges, rows_of, user
+from .slurm_commands import OVER, indices, indices_in, ranges, rows_of, user
 
 SQUEUE_EVERY = 15.0
 UNSHARED_EVERY = 60.0  # seconds between two calls of squeue by an agent that asks for itself
@@ -20,8 +20,8 @@ def by_job(rows):
     """
     jobs, found = {}, {}
     for name, state, *rest in rows:
-        job, _, text = name.partition("_")
-        found.setdefault(job, []).append((indices(text or "0"), ["PENDING" if state in WAITS else state] + rest))
+        row = ["PENDING" if state in WAITS else state] + rest
+        found.setdefault(name.partition("_")[0], []).append((indices_in(name), row))
     for job, tasks in found.items():
         active = {}
         for numbers, row in tasks:
@@ -117,6 +117,5 @@ class Queue:
 
 
 def queue(agent, ask, _):
-    """Return the view of all of the user's jobs."""
     agent.queue.refresh(ask["runs"])
     return agent.queue.view

@@ -127,7 +127,6 @@ def listed(*what):
 
 
 def configuration():
-    """Return Slurm's settings by name."""
     return dict(SETTING.findall(ask_slurm("scontrol", "show", "config")))
 
 
@@ -188,6 +187,11 @@ def indices(text):
     return found
 
 
+def indices_in(name):
+    """Return the indices of the tasks that an id of Slurm stands for, such as `17_3.batch`; a single job is task 0."""
+    return indices(name.partition(".")[0].partition("_")[2] or "0")
+
+
 def ranges(found):
     """Return indices as such a text."""
     parts = []
@@ -217,11 +221,11 @@ def await_end(ask, is_over):
             return answer
 
 
-def account(job, fields, ran, tasks=None):
+def account(job, fields, ran, tasks):
     """Return sacct's rows of a job that is over and of its steps, once sacct knows that all of them are over.
 
     Give up after 5 % of the time for which the job ran, with the rows of what is over: sacct lags, and a short job must
-    not wait for it. tasks: of an array job, the indices that count.
+    not wait for it. tasks: the indices that count.
     """
     until, pause, complete = time.time() + min(0.05 * ran, 5), 0.05, []
     while until - time.time() > ACCOUNTING_TAKES:
@@ -231,9 +235,8 @@ def account(job, fields, ran, tasks=None):
             break
         groups = {}
         for row in rows:
-            name = row[0].partition(".")[0]
-            if tasks is None or indices(name.partition("_")[2]) & tasks:
-                groups.setdefault(name, []).append(row)
+            if indices_in(row[0]) & tasks:
+                groups.setdefault(row[0].partition(".")[0], []).append(row)
         over = [each for each in groups.values() if not any(row[1] in UNFINISHED for row in each)]
         complete = [row for each in over for row in each]
         if over and len(over) == len(groups):

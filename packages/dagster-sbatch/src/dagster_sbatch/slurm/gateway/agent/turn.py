@@ -16,7 +16,6 @@ class Turn:
 
     def __init__(self):
         self.file = None
-        self.changing = threading.Lock()
 
     def take(self, folder):
         """Wait for the turn, for a while; `folder`: of the runs. Without locks or a place for the file, do without."""
@@ -36,15 +35,12 @@ class Turn:
                     file.close()
                     return
             time.sleep(EVERY)
-        with self.changing:
-            self.file = file
-        limit = threading.Timer(LONGEST, self.end, (file,))
+        self.file = file
+        limit = threading.Timer(LONGEST, file.close)
         limit.daemon = True
         limit.start()
 
-    def end(self, file=None):
-        """Let the next call have its turn; `file`: only if this is still the turn that opened it."""
-        with self.changing:
-            if self.file and file in (None, self.file):
-                self.file.close()
-                self.file = None
+    def end(self):
+        """Let the next call have its turn."""
+        if self.file:
+            self.file.close()

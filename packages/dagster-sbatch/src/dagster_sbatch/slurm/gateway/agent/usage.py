@@ -146,7 +146,6 @@ def qos_of(partition):
 
 
 def projects(agent, *_):
-    """Return what `projects_here` does."""
     agent.profile.charge()
     try:
         return projects_here(configuration())
