@@ -8,7 +8,7 @@ from dagster_sbatch.inspect.remote_runs import open_runs
 from dagster_sbatch.slurm.gateway.link import AgainError
 
 SECONDS = 240.0  # for the agent to answer all requests; Slurm takes some seconds for each job script
-SURVEY_SECONDS = 120.0  # for the login, and the survey; each command there has 20 s
+SURVEY_SECONDS = 120.0  # for the login, and the survey, whose commands have 90 s together
 LEAST_FREE_KIB, LEAST_FREE_FILES = 1 << 20, 10_000
 LONGEST_TEMPORARY = 40  # characters. Ray creates sockets below it, and the path of a socket has at most 107 (unix(7))
 WANTED_FILES = 65536

@@ -7,14 +7,14 @@ from .disk import RequestError, unique
 from .slurm_commands import call
 
 COMMANDS = ("sbatch", "squeue", "scancel", "scontrol", "sinfo")
-PATIENCE = 20.0  # seconds for each command
+PATIENCE, SLURM_PATIENCE = 10.0, 20.0  # seconds for each command
 TRIAL = 1 << 20  # bytes that are written to the base path, and removed
 
 
-def said_by(*command):
+def said_by(patience, *command):
     """Return the exit code of a command, and all that it has printed; code 1 if it did not start, or did not end."""
     try:
-        done = call(*command, patience=PATIENCE)
+        done = call(*command, patience=patience)
     except RequestError as error:
         return 1, str(error)
     return done.returncode, (done.stdout + done.stderr).decode(errors="replace").strip()
@@ -60,13 +60,13 @@ def survey(agent, ask, _):
     df = ("df", "-k", "--output=source,avail,itotal,iavail")
     return {
         "missing": [name for name in COMMANDS if not shutil.which(name)],
-        "controller": said_by("scontrol", "ping"),
-        "partitions": said_by("scontrol", "--all", "--oneliner", "show", "partition"),
+        "controller": said_by(SLURM_PATIENCE, "scontrol", "ping"),
+        "partitions": said_by(SLURM_PATIENCE, "scontrol", "--all", "--oneliner", "show", "partition"),
         "base": ask["path"],
         "above": above,
         "refusal": try_to_write(above),
-        "rooms": {name: (path, said_by(*df, path)[1]) for name, path in folders.items() if path},
-        "quota": said_by("quota", "-w", "-p")[1],
+        "rooms": {name: (path, said_by(PATIENCE, *df, path)[1]) for name, path in folders.items() if path},
+        "quota": said_by(PATIENCE, "quota", "-w", "-p")[1],
         "temporary": os.environ.get("TMPDIR", ""),
         "files": resource.getrlimit(resource.RLIMIT_NOFILE)[1],
     }
