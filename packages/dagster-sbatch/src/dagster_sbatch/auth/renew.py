@@ -43,10 +43,7 @@ def ensure_certificate(settings: Settings) -> Certificate | None:
         return None
     access = read_access(settings)
     certificate = access.valid_certificate
-    if certificate is None:
-        if access.plain_key:
-            return None
-    elif not access.certificate_due or not access.renewable or access.pausing("certificate"):
+    if certificate and (not access.certificate_due or not access.renewable or access.pausing("certificate")):
         return certificate
     report = refresh(settings, patient=True)
     for warning in report.warnings:
