@@ -13,8 +13,7 @@ from dagster_sbatch.slurm.units import Memory, Time
 from dagster_sbatch.ssh.host_key import parse_authority
 
 _Comment = Annotated[
-    str,
-    word(r"#[^\r\n]*", "is not a comment: write one line that begins with #; commands go to setup_commands"),
+    str, word(r"#[^\r\n]*", "is not a comment: write one line that begins with #; commands go to setup_commands")
 ]
 _Interpreter = Annotated[
     str,

@@ -39,10 +39,8 @@ def expanded(profile, path):
     value = os.path.expanduser("~") if name == "HOME" else os.environ.get(name) or profile.value(name)
     if not value.startswith("/"):
         what = "sets no $%s" % name if not value else "sets $%s to %r, which is not an absolute path" % (name, value)
-        raise RequestError(
-            "refused",
-            "%s cannot be used: the login profile on %s %s. Write the path itself." % (path, os.uname()[1], what),
-        )
+        text = "%s cannot be used: the login profile on %s %s. Write the path itself."
+        raise RequestError("refused", text % (path, os.uname()[1], what))
     return value.rstrip("/") + path[found.end() :]
 
 
