@@ -116,6 +116,7 @@ def test_dev_does_not_start_where_dagster_would_use_other_values(
     monkeypatch.setenv("EDITOR", "ed")
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".env").write_text(f"{line}\n")
+    (tmp_path / "dagster.yaml").touch()
     if name is None:
         dev.main(replace(PROJECT, root=tmp_path))
         assert started
@@ -141,6 +142,7 @@ def test_dev_does_not_start_beside_another_daemon(
     monkeypatch.setattr(sys, "argv", ["dev"])
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "dagster.yaml").touch()
     with (
         subprocess.Popen([sys.executable, *daemon], stdin=subprocess.PIPE, cwd=tmp_path) as running,
         pytest.raises(SystemExit, match=f"process {running.pid} is a Dagster daemon of this project"),
@@ -149,6 +151,17 @@ def test_dev_does_not_start_beside_another_daemon(
     assert not started
     dev.main(project)
     assert started
+
+
+@pytest.mark.usefixtures("variables")
+def test_dev_does_not_start_without_its_dagster_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dagster would start with its own defaults: it would not retry runs whose process was killed."""
+    monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("it starts"))
+    monkeypatch.setattr(sys, "argv", ["dev"])
+    with pytest.raises(
+        SystemExit, match=rf"^Dagster is not started.*\n{tmp_path}/dagster.yaml cannot be read: No such"
+    ):
+        dev.main(replace(PROJECT, root=tmp_path))
 
 
 @pytest.mark.usefixtures("variables")

@@ -27,6 +27,7 @@ from dagster_sbatch.configuration import check_configuration
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.project import Project
 from dagster_sbatch.setting_files import find_overridden
+from dagster_sbatch.text_file import read_text
 
 ANYONE = "--anyone-on-this-machine"
 SUPERSEDED = "Function `dev_command` is superseded"
@@ -55,6 +56,7 @@ def main(project: Project) -> None:
     accepted, options = ANYONE in sys.argv[1:], [each for each in sys.argv[1:] if each != ANYONE]
     try:
         settings = check_configuration(project)
+        read_text(project.root / "dagster.yaml")  # without it, Dagster would start, and retry no run
     except ConfigurationError as error:
         raise SystemExit(f"Dagster is not started, because the settings are wrong.\n{error}") from None
     if settings.on_login_node and not accepted:
@@ -62,8 +64,7 @@ def main(project: Project) -> None:
     if pid := find_daemon(project.root):
         raise SystemExit(SECOND.format(pid=pid))
     os.chdir(project.root)
-    home = os.environ.get("DAGSTER_HOME")
-    if home and Path(home).resolve() != project.root:
+    if (home := os.environ.get("DAGSTER_HOME")) and Path(home).resolve() != project.root:
         print(f"DAGSTER_HOME={home} is not used: dagster.yaml and the history are in {project.root}", file=sys.stderr)
     os.environ["DAGSTER_HOME"] = str(project.root)
     if found := ", ".join(find_overridden(project.root)):

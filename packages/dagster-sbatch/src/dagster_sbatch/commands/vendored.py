@@ -138,8 +138,7 @@ def _download(wanted: str, folder: Path) -> None:
     """Let pip download a wheel: it reads the user's configuration of package indexes, and trusts the system's store."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
     command += ["--no-input", "--only-binary", ":all:", "--dest", str(folder), wanted]
-    environment = child_environment("PIP_", *NETWORK)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=child_environment("PIP_", *NETWORK), capture_output=True, text=True, check=False)
     if done.returncode:
         advice = "" if "://" in wanted else "\nOnly pip's own index is asked, not that of uv. Name the wheel instead."
         text = f"{wanted} cannot be downloaded.\n{done.stderr.strip()}{advice}"
