@@ -19,7 +19,6 @@ MOST_PARTITIONS = 10_000  # that Dagster's storage is asked for at once
 _MOST_OBSERVATIONS = 100  # the latest ones, among which one with a data version is searched
 Stored = tuple[int, dg.AssetMaterialization]  # a materialization, and before it the storage id of its event
 _ENDS = {dg.DagsterEventType.STEP_SUCCESS, dg.DagsterEventType.STEP_FAILURE}
-_FAILED = dg.DagsterEventType.RUN_FAILURE
 _STORED = dg.DagsterEventType.ASSET_MATERIALIZATION
 age_of = attrgetter("storage_id")  # the order of records in Dagster's database, also if the clock was set back
 
@@ -133,8 +132,9 @@ def _events_of(
     instance: dg.DagsterInstance, run_id: str, step: StepName, kinds: set[dg.DagsterEventType]
 ) -> list[dg.EventLogEntry]:
     """Return events of a step, but not after its run was taken for dead: such a step works for the run's retry."""
-    key, logs = key_in(instance, run_id, step), instance.all_logs(run_id, of_type={*kinds, _FAILED})
-    found = takewhile(lambda event: event.dagster_event_type != _FAILED, logs)
+    logs = instance.all_logs(run_id, of_type={*kinds, dg.DagsterEventType.RUN_FAILURE})
+    found = [*takewhile(lambda event: event.dagster_event_type != dg.DagsterEventType.RUN_FAILURE, logs)]
+    key = key_in(instance, run_id, step) if found else None  # it reads an event per partition of the run
     return [event for event in found if event.step_key == key]
 
 
