@@ -29,7 +29,7 @@ from dagster_sbatch.run.adoption import (
 from dagster_sbatch.run.calls import StepCalls, StepName
 from dagster_sbatch.run.digests import digest_of
 from dagster_sbatch.run.family import Family
-from dagster_sbatch.run.history import is_stored
+from dagster_sbatch.run.history import is_stored, shared_runs
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.workload import Workload
 from dagster_sbatch.slurm import Allocation, Retries, Site, SlurmRequest
@@ -193,6 +193,23 @@ def test_jobs_are_not_outdated_while_a_thread_prepares_its_call() -> None:
     preparing.__enter__()
     assert not attempts.cancel_outdated(Claim(None, others=[theirs]))
     assert len(waits) == 3
+
+
+def test_runs_whose_new_results_count_for_another_one() -> None:
+    done, started = dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.STARTED
+    root = dg.DagsterRun("all", status=started)
+    group: dict[str, Any] = {
+        "root_run_id": root.run_id,
+        "parent_run_id": root.run_id,
+        "tags": {"dagster/root_run_id": root.run_id},
+    }
+    before, beside, own, later = (dg.DagsterRun("all", status=each, **group) for each in (done, started, started, done))
+    with dg.DagsterInstance.ephemeral() as instance:
+        for run in (root, before, beside, own, later):
+            instance.add_run(run)
+        assert shared_runs(instance, own) == {each.run_id for each in (root, beside, own, later)}
+        instance.delete_run(own.run_id)
+        assert shared_runs(instance, own) == {each.run_id for each in (root, beside)}
 
 
 @pytest.mark.parametrize("case", ["stored before", "clock set back", "stored meanwhile", "outlived its run"])
