@@ -10,8 +10,8 @@ import dagster as dg
 import pytest
 
 from dagster_sbatch.run.array import Task
-from dagster_sbatch.run.messages import JOB_STARTED
-from dagster_sbatch.run.pipes import Messages, Output, open_session
+from dagster_sbatch.run.messages import JOB_STARTED, Messages
+from dagster_sbatch.run.pipes import Output, open_session
 from dagster_sbatch.run.task_output import TaskLines, TaskReader, Warnings
 
 CONTEXT = cast(dg.OpExecutionContext, None)
@@ -193,7 +193,7 @@ def test_a_full_disk_is_reported_once_and_the_last_lines_are_known_all_the_same(
     def write(context: dg.OpExecutionContext) -> None:
         with monkeypatch.context() as patched, open_session(context, {}) as session:
             patched.setattr(dg.DagsterInstance, "handle_new_event", refuse)
-            session.stdout._target = full
+            cast(Output, session.stdout)._target = full
             session.stdout.feed(b"first\n")
             session.stdout.feed(b"second\n")
             full.close()

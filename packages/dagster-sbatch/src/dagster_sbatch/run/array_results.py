@@ -8,14 +8,15 @@ import dagster as dg
 
 from dagster_sbatch.run.array import Task
 from dagster_sbatch.run.attempts import ATTEMPTS
-from dagster_sbatch.run.messages import MessageParser
+from dagster_sbatch.run.messages import Messages
 from dagster_sbatch.run.results import (
     UNREAD,
+    ByPartition,
     Completed,
     PartitionReport,
     hand_over,
     in_json,
-    partitions_of,
+    merge,
     read_partitions,
     report_on,
 )
@@ -37,27 +38,16 @@ class TaskResult:
     where: dict[str, Any]  # metadata of its job
     costs: dict[str, Any]  # numbers of its job
     reports: list[PartitionReport] = field(default_factory=list)  # on its partitions, by asset
-    metadata: dict[str, Any] = field(default_factory=dict)  # what it reported of its assets as a whole
+    # What it reported of its assets as a whole, by name; with several assets, the names begin with `ASSET: `
+    metadata: dict[str, Any] = field(default_factory=dict)
     # The outcome of each asset check that it reported
     checks: dict[dg.AssetCheckKey, "dg.AssetCheckResult"] = field(default_factory=dict)
     messages: list[Any] = field(default_factory=list)  # its own custom messages
 
-    def of_partitions(
-        self, assets: Iterable[dg.AssetKey], *, versions: bool
-    ) -> dict[tuple[str, dg.AssetKey], dict[str, Any]]:
-        """Return the metadata of each of its partitions, by asset; the first partition of the first has the costs.
-
-        `versions`: whether data versions are among them: Dagster stores one per asset and step.
-        """
+    def of_partitions(self, assets: Iterable[dg.AssetKey]) -> ByPartition:
+        """Return the metadata of each of its partitions; the first partition of the first asset has the costs."""
         partitions, keys = self.task.partitions, sorted(assets)
-        found: dict[tuple[str, dg.AssetKey], dict[str, Any]] = {
-            (partition, key): dict(self.where) for partition in partitions for key in keys
-        }
-        for report in self.reports:
-            entry = found.setdefault((report.partition, report.asset), {})
-            entry.update(report.metadata)
-            if report.data_version and versions:
-                entry["data_version"] = report.data_version
+        found = merge(self.reports, {(partition, key): dict(self.where) for partition in partitions for key in keys})
         for check, result in self.checks.items():
             for partition in partitions if check.asset_key in keys else ():  # a check may run without its asset
                 entry = found[partition, check.asset_key]
@@ -78,7 +68,7 @@ def shorten_metadata(result: dg.AssetCheckResult) -> str:
 def read_result(
     context: dg.OpExecutionContext,
     task: Task,
-    messages: MessageParser,
+    messages: Messages,
     where: dict[str, Any],
     costs: dict[str, Any],
 ) -> TaskResult:
@@ -106,19 +96,8 @@ def read_result(
         if each.data_version:  # Dagster stores one per asset and step
             result.metadata[f"{prefix}data_version"] = dg.MetadataValue.text(each.data_version.value)
     if messages.partitions:
-        own = task.partitions or partitions_of(context)
-        whose = "task" if task.partitions else "run"
-        result.reports += read_partitions(context, messages.partitions, own, whose=whose)
+        result.reports += read_partitions(context, messages.partitions, task.partitions)
     return result
-
-
-@dataclass(frozen=True)
-class TaskReports:
-    """What one task reported."""
-
-    # Of the asset, by name; with several assets, the names begin with `ASSET: `
-    metadata: Mapping[str, dg.MetadataValue[Any]]
-    messages: Sequence[Any]  # its custom messages
 
 
 class CompletedArray(Completed):
@@ -136,10 +115,10 @@ class CompletedArray(Completed):
         """`skipped`: number of partitions that earlier runs have completed; nobody knows what their tasks reported."""
         super().__init__(context, session, metadata)
         self._checks, self._skipped = checks, skipped
-        self._tasks = {each.task.name: TaskReports(each.metadata, each.messages) for each in results}
+        self._tasks = {each.task.name: each for each in results}
 
     @property
-    def tasks(self) -> dict[str, TaskReports]:
+    def tasks(self) -> dict[str, TaskResult]:
         """What each task reported, by the task's name.
 
         Raises Failure: this run has skipped partitions that earlier runs have completed.

@@ -26,7 +26,7 @@ from dagster_sbatch.run.past_use import proposal_metadata, uses_of
 from dagster_sbatch.run.pipes import open_session
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.reports import StepLog
-from dagster_sbatch.run.results import add_metadata, note_missing_checks, partitions_of
+from dagster_sbatch.run.results import add_metadata, attach, note_missing_checks, partitions_of
 from dagster_sbatch.run.task_contexts import TaskContexts
 from dagster_sbatch.run.task_failures import FailedTask, TaskFailures
 from dagster_sbatch.run.task_output import ArrayProgress, TaskReader, Warnings
@@ -109,7 +109,7 @@ class ArrayStep:
         cause = explain_failure(messages, exit_code, self._plan.workload.name)
         if cause:
             cause = explain_stderr(cause, reader.stderr.tail, request or self._plan.allocation.request) + limit
-        if cause is None:
+        else:
             try:
                 result = read_result(self._context, task, messages, dict(where), dict(costs))
                 self._check_partitions(result)
@@ -185,13 +185,11 @@ class ArrayStep:
         if not result.task.partitions:
             return
         try:
-            versions = {
-                (e.partition, e.asset): {DATA_VERSION: e.data_version} for e in result.reports if e.data_version
-            }
-            found = result.of_partitions(self._context.selected_asset_keys, versions=True)
-            for (partition, key), metadata in found.items():
-                tags = self._completed.tags(result.task, partition) | versions.get((partition, key), {})
-                stored = {**self.where, **metadata}
+            versions = {(each.partition, each.asset): each.data_version for each in result.reports if each.data_version}
+            for (partition, key), metadata in result.of_partitions(self._context.selected_asset_keys).items():
+                tags, stored = self._completed.tags(result.task, partition), {**self.where, **metadata}
+                if version := versions.get((partition, key)):
+                    tags[DATA_VERSION] = stored["data_version"] = version
                 self._context.log_event(dg.AssetMaterialization(key, metadata=stored, partition=partition, tags=tags))
         except Exception as error:  # noqa: BLE001 - each database has errors of its own
             self._log.error(f"Dagster could not store the result of task {result.task.label}: {error}")
@@ -221,12 +219,7 @@ class ArrayStep:
                 if single and (version := reported_version(stored)):
                     context.set_data_version(key, dg.DataVersion(version))
         for result in results:
-            for report in result.reports:
-                if single and report.data_version:
-                    context.set_data_version(report.asset, dg.DataVersion(report.data_version))
-            found = result.of_partitions(context.selected_asset_keys, versions=not single)
-            for (partition, key), each in found.items():
-                add_metadata(context, key, partition, each)
+            attach(context, result.reports, result.of_partitions(context.selected_asset_keys))
         checks = combine_checks(context.selected_asset_check_keys, results, self._earlier_checks())
         note_missing_checks(context, checks)
         metadata, proposal = {**self.where, **attempts_metadata(self.attempts)}, self._propose(results)

@@ -6,20 +6,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import dagster as dg
 from dagster_pipes import PipesMessage
 
 from dagster_sbatch.launchers.command.job.pipes_command import ONCE, subject_of
 from dagster_sbatch.launchers.command.job.run_program import EXIT_CODE_DECIDES
 from dagster_sbatch.run.failures import is_success, name_exception, name_exit, shorten, shorten_exception
-from dagster_sbatch.run.results import PARTITION, make_message
+from dagster_sbatch.run.results import PARTITION, attach, hand_over, make_message, merge, read_partitions
 
 JOB_STARTED = "job_started"
 """Method of the line that the job script writes into the messages file whenever Slurm starts the job."""
 LEVELS = frozenset("DEBUG INFO WARN WARNING ERROR FATAL CRITICAL".split())  # those of Dagster, for a line of the log
 
 
-class MessageParser:
-    """Reads the bytes of a workload's messages file, in pieces of any size.
+class Messages:
+    """Reads the bytes of a workload's messages file, in pieces of any size; results wait until the end.
 
     Dagster's own reader does not report whether all sessions were closed and with which exception, and it counts the
     results of a job that Slurm requeued twice. Here only the results since the last start of the job count. `error`
@@ -124,6 +125,19 @@ class MessageParser:
                 raise ValueError(f"{subject} has been reported {number} times. Report all of it in one call.")
         return self.results
 
+    def finish(self, context: dg.OpExecutionContext) -> None:
+        """Hand the results to Dagster, after the last byte, and the last message that closed a session."""
+        self.read_last_line()
+        with self.error_kept():
+            for message in self.read_results():
+                hand_over(context, message, self.deliver)
+            if self.partitions:
+                reports = read_partitions(context, self.partitions)
+                attach(context, reports, merge(reports, {}))
+        if self.closed:  # after all others: Dagster warns of what follows
+            with self.error_kept():
+                self.deliver(self.closed)
+
 
 def _replace_surrogates(line: bytes) -> str:
     """Return a line of JSON as text, with U+FFFD for each half of a surrogate pair.
@@ -134,7 +148,7 @@ def _replace_surrogates(line: bytes) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def explain_failure(messages: MessageParser, exit_code: int, workload: str) -> str | None:
+def explain_failure(messages: Messages, exit_code: int, workload: str) -> str | None:
     """Return why the workload failed, for its author; None if it succeeded.
 
     It succeeded if its exit code is 0, every Pipes session was closed, and no exception but `sys.exit(0)` ended one: a
@@ -154,7 +168,7 @@ def explain_failure(messages: MessageParser, exit_code: int, workload: str) -> s
     return None if messages.exit_code_decides else _explain_session(messages, workload)
 
 
-def _explain_session(messages: MessageParser, workload: str) -> str | None:
+def _explain_session(messages: Messages, workload: str) -> str | None:
     """Return what is wrong with the Pipes sessions of a workload that ended with 0 and without an exception."""
     if not messages.opened:
         return f"{workload} ended without opening a Dagster Pipes session: wrap its work in `with open_dagster_pipes()`"

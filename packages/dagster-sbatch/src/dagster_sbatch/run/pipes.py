@@ -17,31 +17,14 @@ from typing import Any, TextIO
 import dagster as dg
 from dagster_pipes import DAGSTER_PIPES_CONTEXT_ENV_VAR, DAGSTER_PIPES_MESSAGES_ENV_VAR, encode_param
 
-from dagster_sbatch.run.messages import MessageParser
+from dagster_sbatch.run.messages import Messages
 from dagster_sbatch.run.reports import StepLog
-from dagster_sbatch.run.results import UNREAD, attach, hand_over, partitions_of, read_partitions
+from dagster_sbatch.run.results import UNREAD
 from dagster_sbatch.slurm.gateway import MESSAGES
 
 CONTEXT = "context.json"  # name of the file with the Pipes context in a run directory, beside MESSAGES
 TAIL_LINES = 30  # lines of stderr that a failure shows
 TAIL_CHARACTERS = 2000  # of each of them: a progress bar may well write megabytes without a newline
-
-
-class Messages(MessageParser):
-    """Reads the messages of a step's workload; results wait until `finish`."""
-
-    def finish(self, context: dg.OpExecutionContext) -> None:
-        """Hand the results to Dagster, after the last byte, and the last message that closed a session."""
-        self.read_last_line()
-        with self.error_kept():
-            for message in self.read_results():
-                hand_over(context, message, self.deliver)
-            if self.partitions:
-                own = partitions_of(context)
-                attach(context, read_partitions(context, self.partitions, own, whose="run"))
-        if self.closed:  # after all others: Dagster warns of what follows
-            with self.error_kept():
-                self.deliver(self.closed)
 
 
 class Lines(ABC):
@@ -108,10 +91,11 @@ def _file_of(stream: TextIO) -> int | None:
     return None
 
 
+@dataclass
 class Streams:
     """What reads the three files that a workload writes: its messages, stdout and stderr."""
 
-    messages: MessageParser
+    messages: Messages
     stdout: Lines
     stderr: Lines
 
@@ -130,9 +114,6 @@ class Session(Streams):
 
     pipes: dg.PipesSession
     context: str
-    messages: Messages
-    stdout: Output
-    stderr: Output
 
 
 @contextmanager
@@ -151,7 +132,7 @@ def open_session(context: dg.OpExecutionContext, extras: Mapping[str, Any], fold
         messages = Messages(f"{folder}/{MESSAGES}", pipes.message_handler.handle_message, partial(warn, "log"))
         output = Output(sys.stdout, partial(warn, "stdout")), Output(sys.stderr, partial(warn, "stderr"))
         try:
-            yield Session(pipes, json.dumps(pipes.context_data), messages, *output)
+            yield Session(messages, *output, pipes, json.dumps(pipes.context_data))
         finally:
             for text in (each for each in warned if not warned[each]):  # Dagster's database was on the full disk, too
                 log.warning(text)

@@ -161,20 +161,21 @@ class PartitionReport:
 
 
 def read_partitions(
-    context: dg.OpExecutionContext, reports: Sequence[Any], partitions: Iterable[str], *, whose: str
+    context: dg.OpExecutionContext, reports: Sequence[Any], of_task: Sequence[str] = ()
 ) -> list[PartitionReport]:
     """Read the workload's reports on single partitions.
 
-    `reports`: the values of the PARTITION messages, in the order in which they came.
+    `reports`: the values of the PARTITION messages, in the order in which they came. `of_task`: the partitions of the
+    task of an array that has reported them; without these, it may be any of the run.
     Raises ValueError: a report does not have the documented form, or names an asset or a partition that the run has
     not.
     """
-    known = dict.fromkeys(partitions)
+    known = dict.fromkeys(of_task or partitions_of(context))
     handler = dg.PipesMessageHandler(context, UNREAD)  # reads metadata of all types
     for report in reports:
         key = _find_asset(context, report)
         if report["partition"] not in known:
-            raise ValueError(f"the partition {report['partition']!r} is not of this {whose}")
+            raise ValueError(f"the partition {report['partition']!r} is not of this {'task' if of_task else 'run'}")
         if key in unpartitioned_assets(context):
             raise ValueError(f"a report on a partition of {key.to_user_string()}, which has none")
         params = {"asset_key": key.to_escaped_user_string(), "data_version": report.get("data_version")}
@@ -191,19 +192,27 @@ def report_on(result: dg.MaterializeResult[Any], partition: str) -> PartitionRep
     return PartitionReport(result.asset_key, partition, dict(result.metadata or {}), version)
 
 
-def attach(context: dg.OpExecutionContext, reports: Iterable[PartitionReport]) -> None:
-    """Attach reports to the materializations that Dagster makes at the end of the step; several are merged."""
-    one = len(partitions_of(context)) == 1
-    found: dict[tuple[dg.AssetKey, str], dict[str, Any]] = {}
+ByPartition = dict[tuple[str, dg.AssetKey], dict[str, Any]]
+"""Metadata by partition and asset."""
+
+
+def merge(reports: Iterable[PartitionReport], metadata: ByPartition) -> ByPartition:
+    """Add the metadata in reports to what there is; a partition may have several reports."""
     for report in reports:
-        entry = found.setdefault((report.asset, report.partition), {})
-        entry |= report.metadata
+        metadata.setdefault((report.partition, report.asset), {}).update(report.metadata)
+    return metadata
+
+
+def attach(context: dg.OpExecutionContext, reports: Iterable[PartitionReport], metadata: ByPartition) -> None:
+    """Attach metadata and the data versions in reports to the materializations that Dagster makes at the step's end."""
+    one = len(partitions_of(context)) == 1
+    for report in reports:
         if report.data_version and one:
             context.set_data_version(report.asset, dg.DataVersion(report.data_version))
         elif report.data_version:  # Dagster stores one per asset and step
-            entry["data_version"] = report.data_version
-    for (key, partition), metadata in found.items():
-        add_metadata(context, key, partition, metadata)
+            metadata[report.partition, report.asset]["data_version"] = report.data_version
+    for (partition, key), each in metadata.items():
+        add_metadata(context, key, partition, each)
 
 
 def add_metadata(

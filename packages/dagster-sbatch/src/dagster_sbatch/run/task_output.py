@@ -9,7 +9,7 @@ from typing import Any
 from dagster_pipes import PipesMessage
 
 from dagster_sbatch.run.array import Task
-from dagster_sbatch.run.messages import MessageParser
+from dagster_sbatch.run.messages import Messages
 from dagster_sbatch.run.pipes import Lines, Session, Streams
 from dagster_sbatch.slurm.units import count_of
 
@@ -122,7 +122,7 @@ class TaskReader(Streams):
         self._label, self._session, self._warnings = task.label, session, warnings
         self.stdout: TaskLines = TaskLines(task.label, session.stdout.show, warnings)
         self.stderr: TaskLines = TaskLines(task.label, session.stderr.show, warnings)
-        self.messages = MessageParser(session.messages.path, self._deliver, session.messages.on_lost)
+        self.messages = Messages(session.messages.path, self._deliver, session.messages.on_lost)
 
     def finish(self) -> None:
         """Write what is left of the last lines."""
