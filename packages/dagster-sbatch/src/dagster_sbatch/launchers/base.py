@@ -135,6 +135,11 @@ class Launcher(CheckedModel, ABC):
         options = [f"--nodes={nodes}", f"--ntasks={nodes * tasks}", f"--ntasks-per-node={tasks}"]
         return [*options, f"--cpus-per-task={request.cpus_per_task or 1}", *([f"--gres=gpu:{gpus}"] if gpus else [])]
 
+    def render_process(self, request: SlurmRequest, command: str) -> str:
+        """Return the shell commands that run the workload as one process; `command`: words of bash, for Python."""
+        lines = [self.render_threads(request), self.render_pre_start(), f"run_workload {command}"]
+        return "\n".join(filter(None, lines))
+
     def render_pre_start_function(self) -> str:
         """Return lines of bash that define the function `pre_start`, also for the shells that srun starts."""
         return f"pre_start() {{\n{self.render_pre_start() or ':'}\n}}\nexport -f pre_start\n"
@@ -162,5 +167,4 @@ class ScriptLauncher(Launcher):
     key: ClassVar[str] = "script"
 
     def render(self, request: SlurmRequest, command: Sequence[str]) -> str:  # noqa: D102 - see Launcher
-        lines = [self.render_threads(request), self.render_pre_start(), f"run_workload {shlex.join(command)}"]
-        return "\n".join(filter(None, lines))
+        return self.render_process(request, shlex.join(command))

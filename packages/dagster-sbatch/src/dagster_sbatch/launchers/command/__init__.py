@@ -68,13 +68,8 @@ class CommandLauncher(Launcher):
         return dict(_FILES)
 
     def render(self, request: SlurmRequest, command: Sequence[str]) -> str:  # noqa: D102 - see Launcher
-        start = shlex.join([*self.options, *command])
-        lines = [
-            self.render_threads(request),
-            self.render_pre_start(),
-            f'run_workload "$run_directory/{_THERE}/{_PROGRAMS[0]}" {start}',
-        ]
-        return "\n".join(filter(None, lines))
+        program = f'"$run_directory/{_THERE}/{_PROGRAMS[0]}"'
+        return self.render_process(request, f"{program} {shlex.join([*self.options, *command])}")
 
 
 class BatchScriptLauncher(CommandLauncher):

@@ -39,7 +39,7 @@ def own_address(interface: str | None) -> str:
                 names = ", ".join(name for _, name in socket.if_nameindex())
                 raise NodeError(
                     f"network_interface={interface!r} has no address that Ray could use: {error.strerror}. This node "
-                    f"has {names}. Set network_interface of the launcher to the one that other nodes reach"
+                    f"has {names}. {NAME_INTERFACE}"
                 ) from None
         return socket.inet_ntoa(found[20:24])
     name = socket.gethostname()
