@@ -1,7 +1,7 @@
 """The one thing an asset calls: run this workload, wherever the deployment says."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Never
 
@@ -155,25 +155,22 @@ def _check_partitions(step: dg.OpExecutionContext, plan: Plan) -> None:
 
 def _step_of(context: object) -> dg.OpExecutionContext:
     """Return the context of the step that runs; refuse that of something else, or of a call outside a run."""
-    if not isinstance(context, dg.AssetExecutionContext | dg.OpExecutionContext | dg.AssetCheckExecutionContext):
-        raise failure(
-            "compute.run",
-            f"its context is a {type(context).__name__}, and only an asset, an op or the function of an asset check "
-            "can run a workload. Pass the `context` of that function.",
-            final=True,
-        )
-    step = context.op_execution_context
-    try:
-        step.get_step_execution_context()
-    except dg.DagsterError:  # Dagster's, of build_asset_context() and build_op_context()
-        raise failure(
-            "compute.run",
+    if isinstance(context, dg.AssetExecutionContext | dg.OpExecutionContext | dg.AssetCheckExecutionContext):
+        step = context.op_execution_context
+        with suppress(dg.DagsterError):  # Dagster's, of build_asset_context() and build_op_context()
+            step.get_step_execution_context()
+            return step
+        problem = (
             "it was called outside a run, with the context of build_asset_context() or build_op_context(). "
             "Let a run call it, in tests as well: dg.materialize([asset], resources={'compute': ...}), "
-            "or execute_in_process() of a job.",
-            final=True,
-        ) from None
-    return step
+            "or execute_in_process() of a job."
+        )
+    else:
+        problem = (
+            f"its context is a {type(context).__name__}, and only an asset, an op or the function of an asset check "
+            "can run a workload. Pass the `context` of that function."
+        )
+    raise failure("compute.run", problem, final=True)
 
 
 _Intercept = Callable[[str, Settings, Plan], Never]

@@ -23,12 +23,8 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _RESERVED = {
     "PATH": "Extend it in the workload, or call programs by their full path.",
     "PYTHONPATH": "Put modules into the code root, beside the workload.",
-    "PYTHONHOME": "",
-    "PYTHONPLATLIBDIR": "",
-    "PYTHONSAFEPATH": "",
-    "PYTHON": "",
     "DATA_ROOT": "It is a setting of the deployment.",
-    "RAY_ADDRESS": "",
+    **dict.fromkeys(("PYTHONHOME", "PYTHONPLATLIBDIR", "PYTHONSAFEPATH", "PYTHON", "RAY_ADDRESS"), ""),
 }
 _RESERVED_PREFIXES = ("DAGSTER_PIPES_", "SLURM", "RAY_AUTH_", "RAY_JOB_", "JOB_TMPDIR")
 

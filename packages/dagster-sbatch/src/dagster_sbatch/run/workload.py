@@ -77,10 +77,10 @@ def read_workload(path: Path, args: Sequence[str], workloads: Path, *, python: b
 
 
 def _check_arguments(args: Sequence[str]) -> None:
-    if isinstance(args, str):
-        raise ConfigurationError(f"args={args!r} is one string. Write a list of strings, as on a command line")
-    if not isinstance(args, Sequence):  # a generator is read once, a set has no order, a dictionary hides its values
-        raise ConfigurationError(f"args={args!r} is not a list. Write a list of strings, as on a command line")
+    # A generator is read once, a set has no order, a dictionary hides its values
+    if isinstance(args, str) or not isinstance(args, Sequence):
+        what = "one string" if isinstance(args, str) else "not a list"
+        raise ConfigurationError(f"args={args!r} is {what}. Write a list of strings, as on a command line")
     for index, each in enumerate(args):
         if not isinstance(each, str):
             raise ConfigurationError(f"args[{index}]={each!r} is not a string. Write str(...) of numbers and paths")
