@@ -1,14 +1,14 @@
 """Wheels for the supercomputer, downloaded and built on this machine."""
 
 import hashlib
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-
-import psutil
 
 from dagster_sbatch.children import NETWORK, child_environment
 from dagster_sbatch.environments.lockfile import Interpreter, LockFile
@@ -76,6 +76,7 @@ def _pip(command: list[str], lock: LockFile, folder: Path, alive: Callable[[], o
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
     output = None
     with process:
@@ -86,11 +87,8 @@ def _pip(command: list[str], lock: LockFile, folder: Path, alive: Callable[[], o
                 except subprocess.TimeoutExpired:
                     alive()
         except BaseException:
-            started = psutil.Process(process.pid).children(recursive=True)  # which build a package
-            process.kill()
-            for each in started:
-                with suppress(psutil.NoSuchProcess):
-                    each.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with the processes that build a package
             raise
     if process.returncode:
         last = "\n".join(output.strip().splitlines()[-8:])
