@@ -211,22 +211,18 @@ class Server:
     def _become_run(self, connection: socket.socket, listener: socket.socket) -> None:
         """In the new process: be like one that Dagster has started, and wait for the client. It may end here."""
         try:
-            self._restore(listener)
+            _reset_signals()
+            for number, stream in enumerate(self._streams, 1):
+                os.dup2(stream, number)
+                os.close(stream)
+            for descriptor in (listener.detach(), self._wake_read, self._wake_write):
+                os.close(descriptor)
+            gc.enable()
             connection.sendall(b"%d\n" % os.getpid())
             connection.settimeout(None)
             read_line(connection)
         except BaseException:  # noqa: BLE001 - no code of the server may run in this process after this
             os._exit(1)
-
-    def _restore(self, listener: socket.socket) -> None:
-        """Undo what the server has changed for itself."""
-        _reset_signals()
-        for number, stream in enumerate(self._streams, 1):
-            os.dup2(stream, number)
-            os.close(stream)
-        for descriptor in (listener.detach(), self._wake_read, self._wake_write):
-            os.close(descriptor)
-        gc.enable()
 
     def _unfit(self) -> str:
         """Return why this server must not fork; empty if it may."""
