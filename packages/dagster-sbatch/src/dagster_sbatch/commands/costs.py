@@ -52,7 +52,6 @@ def main(project: Project) -> int:
 
 
 def parse_dimensions(text: str) -> list[Dimension]:
-    """Parse --by."""
     known = {dimension: dimension for dimension in get_args(Dimension)}
     try:
         return [known[name] for name in text.split(",")]
@@ -61,7 +60,6 @@ def parse_dimensions(text: str) -> list[Dimension]:
 
 
 def parse_day(text: str) -> datetime:
-    """Parse --since."""
     try:
         return datetime.combine(datetime.fromisoformat(text).date(), time(), UTC)
     except ValueError:
@@ -108,7 +106,6 @@ def show_ledger(entries: Sequence[Entry], by: Sequence[Dimension]) -> None:
 
 
 def show_proposals(proposals: Mapping[str, tuple[str, str]]) -> None:
-    """Print the requests that would be enough, by asset."""
     if proposals:
         print("\nRequests that would have been enough for the last runs; scripts/preview ASSET explains one:")
     for asset, (used, code) in proposals.items():

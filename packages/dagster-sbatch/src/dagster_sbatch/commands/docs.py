@@ -32,7 +32,6 @@ def docs_folder() -> Path:
 
 @entry_point()
 def main() -> int:
-    """Run the command."""
     parser = make_parser(DESCRIPTION, EPILOG)
     parser.add_argument("page", nargs="?", help="a page, for instance: ray")
     asked = parser.parse_args()

@@ -64,7 +64,6 @@ def check_settings(project: Project) -> int:
 
 
 def diagnose(project: Project, definitions: dg.Definitions, *, as_json: bool) -> int:
-    """Make all checks and print what they find."""
     findings = {}
     for name, finding in examine(project, definitions):
         findings[name] = finding
@@ -98,7 +97,6 @@ def wrap(line: str, width: int) -> "list[str]":
 
 
 def conclusion(findings: Mapping[str, Finding]) -> str:
-    """Say "ready", or name the first thing to fix."""
     for name, finding in findings.items():
         if finding.state == "broken":
             return f"first thing to fix: {name}"

@@ -148,7 +148,6 @@ def act_on_task(asked: argparse.Namespace, runs: Runs, tasks: TaskList, task: Ta
 
 
 def fetch(runs: Runs, path: str, asked: argparse.Namespace) -> None:
-    """Copy a file of the supercomputer to this machine."""
     target = asked.to or Path()
     if target.is_dir():
         target /= Path(path).name

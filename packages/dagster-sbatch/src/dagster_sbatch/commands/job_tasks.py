@@ -56,7 +56,6 @@ def _first(every: list[TaskRecord]) -> list[TaskRecord]:
 
 
 def show_tasks(tasks: TaskList, shown: list[TaskRecord]) -> None:
-    """Print a table of tasks."""
     rows = []
     for task in shown:
         changed = f"{task.changed.astimezone():%m-%d %H:%M:%S}" if task.changed else "-"

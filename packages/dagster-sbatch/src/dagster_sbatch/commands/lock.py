@@ -115,7 +115,6 @@ class Entry:
 
 
 def parse(text: str) -> list[Entry]:
-    """Return the entries of a lock file."""
     entries = []
     for block, name in re.findall(r"^(([\w.-]+).*\n(?: .*\n)*)", text, re.MULTILINE):
         parents = re.findall(r"^    #(?: via|  ) (\S.*)$", block, re.MULTILINE)

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -68,12 +69,8 @@ def main(project: Project, left_out: Sequence[str]) -> int:
         if problems:
             console.print("\n".join(f"- {problem}" for problem in problems))
             return 1
-        if in_place:
-            project_copy.convert(template, project_name, asked.site, lambda text: console.print(f"{text} ..."))
-        else:
-            project_copy.make_copy(
-                template, target, project_name, asked.site, lambda text: console.print(f"{text} ...")
-            )
+        make = project_copy.convert if in_place else partial(project_copy.make_copy, target)
+        make(template, project_name, asked.site, lambda text: console.print(f"{text} ..."))
     except ConfigurationError as error:
         console.print(f"{error}\nNothing was made.")
         return 1

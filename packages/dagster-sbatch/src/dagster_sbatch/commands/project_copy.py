@@ -63,7 +63,7 @@ def tracked(root: Path) -> list[str]:
     return paths
 
 
-def make_copy(template: Template, target: Path, project: str, site: str, report: Callable[[str], None]) -> None:
+def make_copy(target: Path, template: Template, project: str, site: str, report: Callable[[str], None]) -> None:
     """Make the project. A failure and an interrupt leave nothing.
 
     `target`: a folder that does not exist yet. `project`: what pip calls it, for instance `climate-runs`; then

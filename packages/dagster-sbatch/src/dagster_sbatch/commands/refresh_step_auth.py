@@ -80,7 +80,6 @@ def print_consequences(error: AccessError, settings: Settings) -> None:
 
 
 def show_report(report: Report, settings: Settings) -> None:
-    """Print what was done, and with which credential."""
     if report.rotated_with:
         token = "ASC_AUTHENTIK_API_TOKEN" if report.rotated_with == "bootstrap" else "the stored API token"
         print(f"New API token and app password in {settings.credentials_file}, made with {token}.")
@@ -113,7 +112,6 @@ def show(health: AccessHealth, settings: Settings) -> None:
 
 
 def next_action(item: HealthItem, health: AccessHealth) -> str:
-    """Return when an item is replaced."""
     if item.renew_at is None:
         return "" if item.state == "not used" else "see below" if item.valid_until is None else "never, it ends"
     return f"{item.renew_at:%Y-%m-%d %H:%M}" if item.renew_at > health.now else "the next refresh"

@@ -58,7 +58,6 @@ KEPT = "vendor/previous.zip"  # what an upgrade has replaced: SOURCES, lock file
 
 @entry_point()
 def main(root: Path) -> int:
-    """Run the command for the project in a folder."""
     parser = make_parser(DESCRIPTION, EPILOG)
     parser.add_argument("source", nargs="?", metavar="PATH|URL|VERSION", help="the engine to upgrade to")
     parser.add_argument("--back", action="store_true", help="return to the engine before the last upgrade")
