@@ -39,6 +39,11 @@ class Ended:
     seconds: float  # its run time; 0 if that is not known
     cause: str = ""  # why it failed, if its launcher or its container has recorded that; else empty
 
+    @property
+    def costs(self) -> dict[str, float]:
+        """Metadata of its results."""
+        return {"workload_seconds": round(self.seconds, 3)}
+
 
 class LocalProcess:
     """A workload that runs in the folder WORK of its run directory, and the files that it writes beside that."""
@@ -110,14 +115,10 @@ class LocalProcess:
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(seconds)
 
-    def release(self) -> None:
-        """Let the supervisor kill all processes that the workload has left: it does when its standard input ends."""
-        if self._process.stdin:
-            self._process.stdin.close()
-
     def end(self) -> Ended:
         """Kill whatever is left, and return how the workload ended."""
-        self.release()
+        assert self._process.stdin
+        self._process.stdin.close()  # then the supervisor kills all processes that the workload has left
         self.wait(KILL_SECONDS)
         self.send(signal.SIGKILL)
         self._process.wait()

@@ -3,14 +3,14 @@
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import dagster as dg
@@ -21,7 +21,7 @@ from dagster_sbatch.run.array_step import ArrayStep
 from dagster_sbatch.run.directory import CHECKS
 from dagster_sbatch.run.failures import failure
 from dagster_sbatch.run.interrupts import run_interruptibly
-from dagster_sbatch.run.local import GRACE_SECONDS, POLL_SECONDS, Ended, LocalProcess, workload_environment
+from dagster_sbatch.run.local import Ended, LocalProcess, workload_environment
 from dagster_sbatch.run.messages import explain_failure
 from dagster_sbatch.run.pipes import CONTEXT, open_session, pipes_variables
 from dagster_sbatch.run.plan import Plan
@@ -31,27 +31,75 @@ from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm.modules import shorten_error
 from dagster_sbatch.text_file import write_text
 
+NOT_STARTED = 126  # in place of the exit code of a process that could not be started, as in a shell
+
 
 def run_here(
     context: dg.OpExecutionContext, name: str, settings: Settings, plan: Plan
 ) -> dg.PipesClientCompletedInvocation:
     """Run the workload as a subprocess of this step; see `ComputeResource.run`."""
     machine = _Machine(context, name, settings, plan)
-    with _starting(name):
-        directory = temporary_run_directory()
-    with directory as path, open_session(context, plan.extras, path) as session:
-
-        def run(stop: threading.Event) -> Ended:
-            with _starting(name):
-                process = machine.start(Path(path), session.context, session.sinks)
-            return process.run(stop)
-
-        ended = run_interruptibly(context, run)
+    with open_session(context, plan.extras) as session:
+        ended = run_interruptibly(context, partial(machine.run, session.context, session.sinks))
         session.messages.finish(context)
     cause = ended.cause or explain_failure(session.messages, ended.exit_code, plan.workload.name)
     if cause:
         raise failure(name, cause, session.stderr.tail, exit_code=ended.exit_code, workload=str(plan.workload.path))
-    return complete(context, session.pipes, machine.where, {"workload_seconds": round(ended.seconds, 3)})
+    return complete(context, session.pipes, machine.where, ended.costs)
+
+
+def run_array_here(
+    context: dg.OpExecutionContext, name: str, settings: Settings, plan: Plan
+) -> dg.PipesClientCompletedInvocation:
+    """Run the tasks of an array as subprocesses of this step, some at once; see `ComputeResource.run`."""
+    assert plan.array is not None
+    step, machine = ArrayStep(context, name, plan), _Machine(context, name, settings, plan)
+    step.where = machine.where
+    with step.open():
+        run_interruptibly(context, partial(_run_tasks, step, machine, plan.array.max_running_tasks))
+    return step.complete()
+
+
+def _run_tasks(step: ArrayStep, machine: "_Machine", most: int | None, stop: threading.Event) -> None:
+    """Run all tasks that are left, `most` at once; when `stop` is set, end those that run, and start no more."""
+    turn = threading.Lock()  # the step reads what tasks write one after another
+
+    def feed(sink: Callable[[bytes], None], data: bytes) -> None:
+        with turn:
+            sink(data)
+
+    def run(index: int) -> Ended | None:
+        if stop.is_set():
+            return None
+        with turn:
+            step.progress.started.add(index)
+            sinks = {name: partial(feed, sink) for name, sink in step.reader(index).sinks.items()}
+        return machine.run(step.contexts.head + step.contexts.tail(step.tasks[index]), sinks, stop)
+
+    try:
+        with ThreadPoolExecutor(most or os.cpu_count() or 1) as pool:
+            tasks = {pool.submit(run, index): index for index in step.left}
+            try:
+                for task in as_completed(tasks):
+                    ended = task.result()
+                    with turn:
+                        if ended and not stop.is_set():
+                            _judge(step, tasks[task], ended)
+            except BaseException:
+                stop.set()
+                raise
+    finally:
+        if stop.is_set():
+            step.store_completed()
+        step.wait_until_stored()
+
+
+def _judge(step: ArrayStep, index: int, ended: Ended) -> None:
+    logs = f"the lines of this step's stdout and stderr that begin with [{step.tasks[index].label}]"
+    if ended.cause:
+        step.failed(index, ended.cause, logs)
+    else:
+        step.ended(index, ended.exit_code, {}, ended.costs, logs)
 
 
 def temporary_run_directory() -> "tempfile.TemporaryDirectory[str]":
@@ -98,15 +146,21 @@ class _Machine:
             raise failure(name, problem, final=True)
         return image
 
-    def start(self, folder: Path, context: str, sinks: Mapping[str, Callable[[bytes], None]]) -> LocalProcess:
-        """Start a process of the workload, in an image if it has one.
+    def run(self, context: str, sinks: Mapping[str, Callable[[bytes], None]], stop: threading.Event) -> Ended:
+        """Run a process of the workload to its end, in an image if it has one.
 
-        `folder`: its run directory, which is empty. `context`: of Dagster Pipes, as JSON.
+        `context`: of Dagster Pipes, as JSON. `sinks`, `stop`: see `LocalProcess`.
         """
-        (folder / CONTEXT).write_text(context)
-        (folder / CHECKS).write_text(self._checks)
-        environment = {**self._environment, **pipes_variables(str(folder))}
-        return LocalProcess(self._command(folder), environment, folder, sinks)
+        with ExitStack() as removed:
+            try:
+                folder = Path(removed.enter_context(temporary_run_directory()))
+                (folder / CONTEXT).write_text(context)
+                (folder / CHECKS).write_text(self._checks)
+                environment = {**self._environment, **pipes_variables(str(folder))}
+                process = LocalProcess(self._command(folder), environment, folder, sinks)
+            except OSError as error:  # no memory, no space, too many processes
+                return Ended(NOT_STARTED, 0.0, f"its process could not be started: {error}")
+            return process.run(stop)
 
     def _command(self, folder: Path) -> list[str]:
         plan, request, container = self._plan, self._plan.allocation.request, self._plan.launcher.container
@@ -121,99 +175,6 @@ class _Machine:
         return container.local_command(
             request, plan.site.container_runtime, self._image, folder, command, self._folders
         )
-
-
-def run_array_here(
-    context: dg.OpExecutionContext, name: str, settings: Settings, plan: Plan
-) -> dg.PipesClientCompletedInvocation:
-    """Run the tasks of an array as subprocesses of this step, some at once; see `ComputeResource.run`."""
-    assert plan.array is not None
-    step, machine = ArrayStep(context, name, plan), _Machine(context, name, settings, plan)
-    step.where = machine.where
-    with step.open():
-        most = plan.array.max_running_tasks or os.cpu_count() or 1
-        run_interruptibly(context, _LocalTasks(step, machine, most).run)
-    return step.complete()
-
-
-class _LocalTasks:
-    """The processes of the tasks that run now; `most`: how many at once."""
-
-    def __init__(self, step: ArrayStep, machine: _Machine, most: int) -> None:
-        self._step, self._machine, self._most = step, machine, most
-        self._processes: dict[int, LocalProcess] = {}
-        self._folders: dict[int, ExitStack] = {}
-
-    def run(self, stop: threading.Event) -> None:
-        """Run all tasks that are left; when `stop` is set, end those that run, and start no more."""
-        try:
-            self._run_left(stop)
-        except BaseException:
-            self._step.store_completed()
-            raise
-        finally:
-            for process in self._processes.values():
-                process.release()
-            for index in list(self._processes):
-                self._end(index)
-            self._step.wait_until_stored()
-
-    def _run_left(self, stop: threading.Event) -> None:
-        left = iter(self._step.left)
-        while not stop.is_set():
-            while len(self._processes) < self._most and (index := next(left, None)) is not None:
-                try:
-                    self._start(index)
-                except OSError as error:
-                    self._folders.pop(index).close()
-                    self._step.failed(index, _not_started(error), "none: it has not run")
-            if not self._processes:
-                return
-            ended = [index for index, process in self._processes.items() if not process.follow()]
-            for index in ended:
-                self._judge(index, self._end(index))
-            if not ended:
-                stop.wait(POLL_SECONDS)
-        until = time.monotonic() + GRACE_SECONDS
-        for process in self._processes.values():
-            process.send(signal.SIGTERM)
-        for process in self._processes.values():
-            process.wait(max(0.0, until - time.monotonic()))
-        self._step.store_completed()
-
-    def _start(self, index: int) -> None:
-        folder, contexts = ExitStack(), self._step.contexts
-        self._folders[index] = folder
-        path = Path(folder.enter_context(temporary_run_directory()))
-        context = contexts.head + contexts.tail(self._step.tasks[index])
-        self._processes[index] = self._machine.start(path, context, self._step.reader(index).sinks)
-        self._step.progress.started.add(index)
-
-    def _end(self, index: int) -> Ended:
-        with self._folders.pop(index):
-            return self._processes.pop(index).end()
-
-    def _judge(self, index: int, ended: Ended) -> None:
-        label = self._step.tasks[index].label
-        logs = f"the lines of this step's stdout and stderr that begin with [{label}]"
-        if ended.cause:
-            self._step.failed(index, ended.cause, logs)
-        else:
-            self._step.ended(index, ended.exit_code, {}, {"workload_seconds": round(ended.seconds, 3)}, logs)
-
-
-@contextmanager
-def _starting(name: str) -> Iterator[None]:
-    """Raise the failure of the step `name` if its process cannot be started."""
-    try:
-        yield
-    except OSError as error:
-        raise failure(name, _not_started(error)) from None
-
-
-def _not_started(error: OSError) -> str:
-    """Return why there is no process; `error`: of the system: no memory, no space, too many processes."""
-    return f"its process could not be started: {error}"
 
 
 _LMOD = "LMOD_CMD"  # Lmod sets it in every shell in which `module` works
