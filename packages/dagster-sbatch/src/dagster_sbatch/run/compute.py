@@ -13,7 +13,7 @@ from dagster_sbatch.launchers import Launcher
 from dagster_sbatch.project import Project
 from dagster_sbatch.run.array import JobArray
 from dagster_sbatch.run.failures import failure
-from dagster_sbatch.run.local_run import run_array_here, run_here
+from dagster_sbatch.run.local_run import Machine, run_here
 from dagster_sbatch.run.plan import Plan, complete_extras, make_plan
 from dagster_sbatch.run.remote_array import RemoteArray
 from dagster_sbatch.run.remote_job import RemoteJob
@@ -133,9 +133,8 @@ class ComputeResource(dg.ConfigurableResource[Any]):
             StepLog(context).warning(note)
         if settings.on_supercomputer:
             return (RemoteArray if plan.array else RemoteJob)(context, name, settings, plan).run()
-        if plan.array:
-            return run_array_here(context, name, settings, plan)
-        return run_here(context, name, settings, plan)
+        machine = Machine(context, name, settings, plan)
+        return run_here(context, name, plan, machine.run, machine.where)
 
 
 def _check_partitions(step: dg.OpExecutionContext, plan: Plan) -> None:

@@ -1,7 +1,9 @@
 """A `compute` for unit tests: it checks what an asset asks for, runs nothing, and reports what the test says."""
 
+import threading
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +12,12 @@ from dagster_pipes import PipesMessage
 from pydantic import Field
 
 from dagster_sbatch.run.array import PARTITION_KEYS
-from dagster_sbatch.run.array_step import ArrayStep
 from dagster_sbatch.run.compute import ComputeResource
-from dagster_sbatch.run.failures import failure
-from dagster_sbatch.run.messages import explain_failure
-from dagster_sbatch.run.pipes import open_session
+from dagster_sbatch.run.local import Ended
+from dagster_sbatch.run.local_run import run_here
+from dagster_sbatch.run.pipes import Streams
 from dagster_sbatch.run.plan import Plan
-from dagster_sbatch.run.results import Completed, make_message
+from dagster_sbatch.run.results import make_message
 from dagster_sbatch.settings import Settings
 
 
@@ -70,24 +71,14 @@ class FakeCompute(ComputeResource):
     ) -> dg.PipesClientCompletedInvocation:
         """Record the call, and report as a workload would, or as each task of the array."""
         self.calls.append(FakeCall(plan))
-        if plan.array:
-            return self._execute_array(ArrayStep(context, name, plan), context)
-        with open_session(context, plan.extras) as session:
-            for message in self._reports(context):
-                session.messages.receive(message)
-            session.messages.finish(context)
-        cause = explain_failure(session.messages, 0, plan.workload.name)
-        if cause:
-            raise failure(name, cause)
-        return Completed(context, session.pipes, {})
 
-    def _execute_array(self, array: ArrayStep, context: dg.OpExecutionContext) -> dg.PipesClientCompletedInvocation:
-        with array.open():
-            for index in array.left:
+        def report(_: str, streams: Streams, __: threading.Event, turn: AbstractContextManager[Any]) -> Ended:
+            with turn:
                 for message in self._reports(context):
-                    array.reader(index).messages.receive(message)
-                array.ended(index, 0, {}, {}, "")
-        return array.complete()
+                    streams.messages.receive(message)
+            return Ended(0, 0.0)
+
+        return run_here(context, name, plan, report, {})
 
     def _reports(self, step: dg.OpExecutionContext) -> Iterator[PipesMessage]:
         """Yield the messages of a workload."""

@@ -42,7 +42,7 @@ class Ended:
     @property
     def costs(self) -> dict[str, float]:
         """Metadata of its results."""
-        return {"workload_seconds": round(self.seconds, 3)}
+        return {"workload_seconds": round(self.seconds, 3)} if self.seconds else {}
 
 
 class LocalProcess:

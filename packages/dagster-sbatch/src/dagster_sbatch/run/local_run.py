@@ -9,9 +9,10 @@ import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 
@@ -23,7 +24,7 @@ from dagster_sbatch.run.failures import failure
 from dagster_sbatch.run.interrupts import run_interruptibly
 from dagster_sbatch.run.local import Ended, LocalProcess, workload_environment
 from dagster_sbatch.run.messages import explain_failure
-from dagster_sbatch.run.pipes import CONTEXT, open_session, pipes_variables
+from dagster_sbatch.run.pipes import CONTEXT, Streams, open_session, pipes_variables
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.reports import StepLog
 from dagster_sbatch.run.results import complete, declared_checks
@@ -34,51 +35,47 @@ from dagster_sbatch.text_file import write_text
 NOT_STARTED = 126  # in place of the exit code of a process that could not be started, as in a shell
 
 
+RunProcess = Callable[[str, Streams, threading.Event, AbstractContextManager[Any]], Ended]
+"""Runs a process of a workload to its end; see `Machine.run`."""
+
+
 def run_here(
-    context: dg.OpExecutionContext, name: str, settings: Settings, plan: Plan
+    context: dg.OpExecutionContext, name: str, plan: Plan, run: RunProcess, where: Mapping[str, Any]
 ) -> dg.PipesClientCompletedInvocation:
-    """Run the workload as a subprocess of this step; see `ComputeResource.run`."""
-    machine = _Machine(context, name, settings, plan)
+    """Run the workload, or the tasks of its array, some at once, in processes of this step; see `ComputeResource.run`.
+
+    `where`: metadata for all results.
+    """
+    if plan.array:
+        step = ArrayStep(context, name, plan)
+        step.where = where
+        with step.open():
+            run_interruptibly(context, partial(_run_tasks, step, run, plan.array.max_running_tasks))
+        return step.complete()
     with open_session(context, plan.extras) as session:
-        ended = run_interruptibly(context, partial(machine.run, session.context, session.sinks))
+        ended = run_interruptibly(context, lambda stop: run(session.context, session, stop, nullcontext()))
         session.messages.finish(context)
     cause = ended.cause or explain_failure(session.messages, ended.exit_code, plan.workload.name)
     if cause:
         raise failure(name, cause, session.stderr.tail, exit_code=ended.exit_code, workload=str(plan.workload.path))
-    return complete(context, session.pipes, machine.where, ended.costs)
+    return complete(context, session.pipes, where, ended.costs)
 
 
-def run_array_here(
-    context: dg.OpExecutionContext, name: str, settings: Settings, plan: Plan
-) -> dg.PipesClientCompletedInvocation:
-    """Run the tasks of an array as subprocesses of this step, some at once; see `ComputeResource.run`."""
-    assert plan.array is not None
-    step, machine = ArrayStep(context, name, plan), _Machine(context, name, settings, plan)
-    step.where = machine.where
-    with step.open():
-        run_interruptibly(context, partial(_run_tasks, step, machine, plan.array.max_running_tasks))
-    return step.complete()
-
-
-def _run_tasks(step: ArrayStep, machine: "_Machine", most: int | None, stop: threading.Event) -> None:
+def _run_tasks(step: ArrayStep, run: RunProcess, most: int | None, stop: threading.Event) -> None:
     """Run all tasks that are left, `most` at once; when `stop` is set, end those that run, and start no more."""
     turn = threading.Lock()  # the step reads what tasks write one after another
 
-    def feed(sink: Callable[[bytes], None], data: bytes) -> None:
-        with turn:
-            sink(data)
-
-    def run(index: int) -> Ended | None:
+    def run_task(index: int) -> Ended | None:
         if stop.is_set():
             return None
         with turn:
             step.progress.started.add(index)
-            sinks = {name: partial(feed, sink) for name, sink in step.reader(index).sinks.items()}
-        return machine.run(step.contexts.head + step.contexts.tail(step.tasks[index]), sinks, stop)
+            reader = step.reader(index)
+        return run(step.contexts.head + step.contexts.tail(step.tasks[index]), reader, stop, turn)
 
     try:
         with ThreadPoolExecutor(most or os.cpu_count() or 1) as pool:
-            tasks = {pool.submit(run, index): index for index in step.left}
+            tasks = {pool.submit(run_task, index): index for index in step.left}
             try:
                 for task in as_completed(tasks):
                     ended = task.result()
@@ -107,7 +104,7 @@ def temporary_run_directory() -> "tempfile.TemporaryDirectory[str]":
     return tempfile.TemporaryDirectory(prefix="workload-", ignore_cleanup_errors=True)
 
 
-class _Machine:
+class Machine:
     """This machine, as the workload of a call finds it."""
 
     def __init__(self, context: dg.OpExecutionContext, name: str, settings: Settings, plan: Plan) -> None:
@@ -146,11 +143,18 @@ class _Machine:
             raise failure(name, problem, final=True)
         return image
 
-    def run(self, context: str, sinks: Mapping[str, Callable[[bytes], None]], stop: threading.Event) -> Ended:
+    def run(self, context: str, streams: Streams, stop: threading.Event, turn: AbstractContextManager[Any]) -> Ended:
         """Run a process of the workload to its end, in an image if it has one.
 
-        `context`: of Dagster Pipes, as JSON. `sinks`, `stop`: see `LocalProcess`.
+        `context`: of Dagster Pipes, as JSON. `streams`: read what the process writes, each time within `turn`. `stop`:
+        see `LocalProcess.run`.
         """
+
+        def feed(sink: Callable[[bytes], None], data: bytes) -> None:
+            with turn:
+                sink(data)
+
+        sinks = {name: partial(feed, sink) for name, sink in streams.sinks.items()}
         with ExitStack() as removed:
             try:
                 folder = Path(removed.enter_context(temporary_run_directory()))
