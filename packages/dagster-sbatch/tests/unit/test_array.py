@@ -10,8 +10,8 @@ import pytest
 from dagster_sbatch import ConfigurationError, JobArray, RayLauncher, ScriptLauncher, SlurmRequest
 from dagster_sbatch.run import task_output
 from dagster_sbatch.run.array import Task, make_tasks
+from dagster_sbatch.run.pipes import TaskContexts
 from dagster_sbatch.run.plan import Plan, make_plan
-from dagster_sbatch.run.task_contexts import TaskContexts
 from dagster_sbatch.run.task_failures import FailedTask, TaskFailures
 from dagster_sbatch.run.task_output import ArrayProgress
 from dagster_sbatch.settings import Settings

@@ -23,11 +23,10 @@ from dagster_sbatch.run.failures import failure, shorten
 from dagster_sbatch.run.history import DATA_VERSION, reported_version
 from dagster_sbatch.run.messages import explain_failure
 from dagster_sbatch.run.past_use import proposal_metadata, uses_of
-from dagster_sbatch.run.pipes import open_session
+from dagster_sbatch.run.pipes import TaskContexts, open_session
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.reports import StepLog
 from dagster_sbatch.run.results import add_metadata, attach, note_missing_checks, partitions_of
-from dagster_sbatch.run.task_contexts import TaskContexts
 from dagster_sbatch.run.task_failures import FailedTask, TaskFailures
 from dagster_sbatch.run.task_output import ArrayProgress, TaskReader, Warnings
 from dagster_sbatch.slurm import SlurmRequest

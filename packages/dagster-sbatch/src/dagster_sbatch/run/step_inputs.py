@@ -8,8 +8,8 @@ import dagster as dg
 
 from dagster_sbatch.run.array import Task
 from dagster_sbatch.run.history import MOST_PARTITIONS, find_data_version, find_data_versions, find_successes
+from dagster_sbatch.run.pipes import time_window
 from dagster_sbatch.run.results import declared_checks, partitions_of
-from dagster_sbatch.run.task_contexts import time_window
 
 _SAME = (None, dg.IdentityPartitionMapping(), dg.TimeWindowPartitionMapping())
 """Mappings of a partition to the one with the same key, where both assets have the same partitions."""
