@@ -16,7 +16,7 @@ from dagster_sbatch.children import child_environment
 from dagster_sbatch.commands import lock
 from dagster_sbatch.commands.signals import ignore_interrupts
 from dagster_sbatch.commands.vendored import PACKAGES, SOURCES, Wheel, build_wheel, rename_wheels
-from dagster_sbatch.environments.code import ask_git
+from dagster_sbatch.environments.code import ask_git, run_git
 from dagster_sbatch.environments.groups import find_requirements
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.text_file import read_text, write_text
@@ -37,15 +37,12 @@ class Template:
 def git(folder: Path, *arguments: str) -> str:
     """Run git in a folder, without hooks, whatever repository this process was started in; return what it printed.
 
-    git does not get the Ctrl-C of the terminal, which could end it between two of its files.
     Raises ConfigurationError: it failed.
     """
-    command = ["git", "-C", str(folder), "-c", "core.hooksPath=/dev/null", *arguments]
-    done = subprocess.run(
-        command, env=child_environment(), capture_output=True, text=True, check=False, start_new_session=True
-    )
-    if done.returncode:
-        raise ConfigurationError(f"`{' '.join(command)}` failed: {done.stderr.strip()}")
+    done = run_git(folder, "-c", "core.hooksPath=/dev/null", *arguments)
+    if done is None or done.returncode:
+        said = done.stderr.strip() if done else "git is not installed"
+        raise ConfigurationError(f"`git {' '.join(arguments)}` in {folder} failed: {said}")
     return done.stdout
 
 

@@ -100,7 +100,7 @@ def revision_of(folder: Path) -> str:
 
 def ask_git(folder: Path, *command: str) -> str:
     """Return what git prints in a folder; nothing if it fails or is not installed."""
-    done = _git(folder, *command)
+    done = run_git(folder, *command)
     return done.stdout.strip() if done and done.returncode == 0 else ""
 
 
@@ -152,7 +152,7 @@ def is_dotenv(name: str) -> bool:
 
 def _list_files(folder: Path) -> tuple[list[str], list[str]] | None:
     """Return the paths that git tracks, and those that it neither tracks nor ignores; None without a repository."""
-    listed = _git(folder, "ls-files", "-z", "-t", "--cached", "--stage", "--others", "--exclude-standard")
+    listed = run_git(folder, "ls-files", "-z", "-t", "--cached", "--stage", "--others", "--exclude-standard")
     if listed is None or "not a git repository" in listed.stderr:
         return None
     if listed.returncode:
@@ -179,8 +179,11 @@ def _list_files(folder: Path) -> tuple[list[str], list[str]] | None:
     return sorted(tracked), left_out
 
 
-def _git(folder: Path, *command: str) -> subprocess.CompletedProcess[str] | None:
-    """Run git in a folder; None if git is not installed."""
+def run_git(folder: Path, *command: str) -> subprocess.CompletedProcess[str] | None:
+    """Run git in a folder; None if git is not installed.
+
+    It does not get the Ctrl-C of the terminal, which could end it between two of its files.
+    """
     try:
         return subprocess.run(
             ["git", "-C", str(folder), *command],
@@ -189,6 +192,7 @@ def _git(folder: Path, *command: str) -> subprocess.CompletedProcess[str] | None
             text=True,
             errors="surrogateescape",  # of names
             check=False,
+            start_new_session=True,
         )
     except FileNotFoundError:
         return None
