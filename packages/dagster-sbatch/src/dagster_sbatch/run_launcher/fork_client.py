@@ -136,13 +136,11 @@ class ForkServers:
                     if process := self._read_process(executable, connection):
                         closed.pop_all()
                         return ForkedProcess(connection, process)
-            except TimeoutError:
-                cause = f"it has not answered within {ANSWER_SECONDS:.0f} s"
-                break
             except ConnectionError:
                 continue
             except (OSError, ValueError) as error:
-                cause = error
+                late = f"it has not answered within {ANSWER_SECONDS:.0f} s"
+                cause = late if isinstance(error, TimeoutError) else error
                 break
         log = self._folder / fork_server.LOG
         raise ForkServerUnavailableError(f"The fork server cannot start a run: {cause}. Its log is {log}.")

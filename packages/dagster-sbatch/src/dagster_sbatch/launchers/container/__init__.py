@@ -25,13 +25,11 @@ _FILES = {
 }
 _GPU_OPTIONS = frozenset({"--nv", "--nvccli", "--rocm"})
 _NOT_OPTIONS = {
-    "--bind": "Use binds=.",
-    "--mount": "Use binds=.",
-    "--pwd": "A workload runs in a folder of its run directory.",
-    "--cwd": "A workload runs in a folder of its run directory.",
-    "--cleanenv": "Without the variables of the job, the workload cannot report.",
-    "--containall": "Without the variables of the job, the workload cannot report.",
-    "--compat": "Without the variables of the job, the workload cannot report.",
+    **dict.fromkeys(("--bind", "--mount"), "Use binds=."),
+    **dict.fromkeys(("--pwd", "--cwd"), "A workload runs in a folder of its run directory."),
+    **dict.fromkeys(
+        ("--cleanenv", "--containall", "--compat"), "Without the variables of the job, the workload cannot report."
+    ),
     "--pid": "The job could not warn the workload before the time limit.",
 }
 
