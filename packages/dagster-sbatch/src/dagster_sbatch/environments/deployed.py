@@ -119,8 +119,7 @@ class Progress:
 
     def __init__(self, log: Callable[[str], object]) -> None:
         self._log = log
-        self._first: tuple[float, int] | None = None
-        self._logged = 0.0
+        self._last: tuple[float, int] | None = None  # time and bytes of the last line, or of the begin
 
     def step(self, text: str) -> None:
         """Show what is done now."""
@@ -129,12 +128,10 @@ class Progress:
     def sent(self, done: int, total: int) -> None:
         """Show how many bytes of how many are on the supercomputer; as a line at most every ten seconds."""
         now = time.monotonic()
-        if self._first is None:
-            self._first, self._logged = (now, done), now
-        if done < total and now - self._logged < LOG_SECONDS:
+        since, before = self._last = self._last or (now, done)
+        if done < total and now - since < LOG_SECONDS:
             return
-        self._logged = now
-        since, before = self._first
+        self._last = now, done
         rate = (done - before) / max(now - since, 1e-3)
         self._log(f"environment: sent {100 * done // total} % of {total / 1e6:.1f} MB, {rate / 1e6:.1f} MB/s")
 
