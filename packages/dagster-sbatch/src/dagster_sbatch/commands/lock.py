@@ -107,12 +107,6 @@ class Entry:
     lines: str  # its requirement and hashes, as they are in the file
     parents: tuple[str, ...]  # who requires it
 
-    def render(self) -> str:
-        """Return the lines that uv writes for it."""
-        if len(self.parents) == 1:
-            return f"{self.lines}    # via {self.parents[0]}\n"
-        return f"{self.lines}    # via\n" + "".join(f"    #   {parent}\n" for parent in self.parents)
-
 
 def parse(text: str) -> list[Entry]:
     entries = []
@@ -143,10 +137,11 @@ def without(entries: Iterable[Entry], names: set[str]) -> list[Entry]:
 
 
 def render(entries: Iterable[Entry], old: str, new: str) -> str:
-    """Return the text of a lock file, with the project renamed."""
-    lines = []
+    """Return the text of a lock file as uv writes it, with the project renamed."""
+    text = ""
     for each in entries:
         renamed = (parent.replace(old, new) for parent in each.parents)
-        parents = tuple(sorted(renamed, key=lambda parent: (DIRECT not in parent, parent)))  # as uv does
-        lines.append(replace(each, parents=parents).render())
-    return "".join(lines)
+        parents = sorted(renamed, key=lambda parent: (DIRECT not in parent, parent))
+        between = " " if len(parents) == 1 else "\n    #   "
+        text += "".join([f"{each.lines}    # via", *(f"{between}{parent}" for parent in parents), "\n"])
+    return text
