@@ -43,16 +43,13 @@ def show_array(runs: Runs, run: RunRecord) -> None:
         return
     every = tasks.records()
     counts: Mapping[str, int] = Counter(task.kind for task in every)
-    shown = every if len(every) <= MOST_ROWS else _first(every)
+    shown = every
+    if len(every) > MOST_ROWS:
+        ranked = sorted(every, key=lambda task: ORDER.index(task.kind))
+        shown = [task for task in ranked if task.kind in ("failed", "running")][:MOST_ROWS]
     show_tasks(tasks, tasks.records(task.index for task in shown))
     print(f"{count_of(len(every), 'task')}: {count_tasks(counts)}")
     print(f"To see one of them:\n  scripts/job {run.job}_{shown[0].index if shown else 0}")
-
-
-def _first(every: list[TaskRecord]) -> list[TaskRecord]:
-    """Return the tasks that a long table shows."""
-    ranked = sorted(every, key=lambda task: ORDER.index(task.kind))
-    return [task for task in ranked if task.kind in ("failed", "running")][:MOST_ROWS]
 
 
 def show_tasks(tasks: TaskList, shown: list[TaskRecord]) -> None:

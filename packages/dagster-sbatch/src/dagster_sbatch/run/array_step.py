@@ -1,6 +1,6 @@
 """The tasks of one call of `compute.run` as the Dagster step sees them, wherever they run."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -221,17 +221,14 @@ class ArrayStep:
             attach(context, result.reports, result.of_partitions(context.selected_asset_keys))
         checks = combine_checks(context.selected_asset_check_keys, results, self._earlier_checks())
         note_missing_checks(context, checks)
-        metadata, proposal = {**self.where, **attempts_metadata(self.attempts)}, self._propose(results)
+        metadata, place = {**self.where, **attempts_metadata(self.attempts)}, self.where.get("partition")
+        uses = [use for each in results for use in uses_of(each.costs, each.task.partitions or [each.task.name], place)]
+        proposal = proposal_metadata(context, self._plan, uses)
         if not any(task.partitions for task in self.tasks):
             metadata |= {**summarize(results), **proposal}
         elif results and context.selected_asset_keys:
             add_metadata(context, min(context.selected_asset_keys), results[0].task.partitions[0], proposal)
         return CompletedArray(context, self._session.pipes, metadata, results, checks, len(self._completed.stored))
-
-    def _propose(self, results: Sequence[TaskResult]) -> dict[str, Any]:
-        place = self.where.get("partition")
-        uses = [use for each in results for use in uses_of(each.costs, each.task.partitions or [each.task.name], place)]
-        return proposal_metadata(self._context, self._plan, uses)
 
     def _earlier_checks(self) -> dict[dg.AssetCheckKey, list[CheckOutcome]]:
         """Return the outcomes of the checks for the partitions that an earlier run has computed."""

@@ -40,7 +40,9 @@ def main() -> int:
     words = sys.argv[1:]
     mpi = words[0] == "--mpi"
     failure, *command = words[mpi:]
-    return run_rank(Path(failure), [*(mpi4py(failure) if mpi else []), *command])
+    if mpi and importlib.util.find_spec("mpi4py"):  # else a rank that raises waits for the others for ever
+        command = [str(_MPI_RANK), failure, *command]
+    return run_rank(Path(failure), command)
 
 
 def run_rank(failure: Path, command: Sequence[str]) -> int:
@@ -74,11 +76,6 @@ def run_rank(failure: Path, command: Sequence[str]) -> int:
     if code:
         record_failure(failure, code, outputs[0].lines)
     return shell_code(code)
-
-
-def mpi4py(failure: str) -> list[str]:
-    """Return what makes Python end all ranks if one raises; without mpi4py, that one waits for the others forever."""
-    return [str(_MPI_RANK), failure] if importlib.util.find_spec("mpi4py") else []
 
 
 def record_failure(path: Path, code: int, stderr: Iterable[str]) -> None:
