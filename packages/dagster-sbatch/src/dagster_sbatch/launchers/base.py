@@ -135,7 +135,7 @@ class Launcher(CheckedModel, ABC):
         options = [f"--nodes={nodes}", f"--ntasks={nodes * tasks}", f"--ntasks-per-node={tasks}"]
         return [*options, f"--cpus-per-task={request.cpus_per_task or 1}", *([f"--gres=gpu:{gpus}"] if gpus else [])]
 
-    def render_process(self, request: SlurmRequest, command: str) -> str:
+    def _render_process(self, request: SlurmRequest, command: str) -> str:
         """Return the shell commands that run the workload as one process; `command`: words of bash, for Python."""
         lines = [self.render_threads(request), self.render_pre_start(), f"run_workload {command}"]
         return "\n".join(filter(None, lines))
@@ -167,4 +167,4 @@ class ScriptLauncher(Launcher):
     key: ClassVar[str] = "script"
 
     def render(self, request: SlurmRequest, command: Sequence[str]) -> str:  # noqa: D102 - see Launcher
-        return self.render_process(request, shlex.join(command))
+        return self._render_process(request, shlex.join(command))

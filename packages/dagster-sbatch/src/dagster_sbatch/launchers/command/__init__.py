@@ -69,7 +69,7 @@ class CommandLauncher(Launcher):
 
     def render(self, request: SlurmRequest, command: Sequence[str]) -> str:  # noqa: D102 - see Launcher
         program = f'"$run_directory/{_THERE}/{_PROGRAMS[0]}"'
-        return self.render_process(request, f"{program} {shlex.join([*self.options, *command])}")
+        return self._render_process(request, f"{program} {shlex.join([*self.options, *command])}")
 
 
 class BatchScriptLauncher(CommandLauncher):
