@@ -33,14 +33,12 @@ from dagster_sbatch.slurm.modules import shorten_error
 from dagster_sbatch.text_file import write_text
 
 NOT_STARTED = 126  # in place of the exit code of a process that could not be started, as in a shell
-
-
-RunProcess = Callable[[str, Streams, threading.Event, AbstractContextManager[Any]], Ended]
+Runner = Callable[[str, Streams, threading.Event, AbstractContextManager[Any]], Ended]
 """Runs a process of a workload to its end; see `Machine.run`."""
 
 
 def run_here(
-    context: dg.OpExecutionContext, name: str, plan: Plan, run: RunProcess, where: Mapping[str, Any]
+    context: dg.OpExecutionContext, name: str, plan: Plan, run: Runner, where: Mapping[str, Any]
 ) -> dg.PipesClientCompletedInvocation:
     """Run the workload, or the tasks of its array, some at once, in processes of this step; see `ComputeResource.run`.
 
@@ -61,7 +59,7 @@ def run_here(
     return complete(context, session.pipes, where, ended.costs)
 
 
-def _run_tasks(step: ArrayStep, run: RunProcess, most: int | None, stop: threading.Event) -> None:
+def _run_tasks(step: ArrayStep, run: Runner, most: int | None, stop: threading.Event) -> None:
     """Run all tasks that are left, `most` at once; when `stop` is set, end those that run, and start no more."""
     turn = threading.Lock()  # the step reads what tasks write one after another
 
