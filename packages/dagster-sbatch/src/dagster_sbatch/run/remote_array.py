@@ -75,13 +75,17 @@ class RemoteArray(RemoteStep, JobHandler):
                     self._batches = self._divide(choice.new)
                 follow_jobs(self._gateway, self, self._context.run_id)
                 self._fail_refused()
-        tasks = [(self._array.tasks[index].name, series) for index, series in sorted(self._series.items())]
-        self._array.attempts = [{"task": name, **row} for name, series in tasks for row in rows_of(series.ended)]
+        self._array.attempts = self._rows()
         self._array.where = self._where(self._project)
         return self._array.complete()
 
     def _keep_completed(self) -> None:
         self._array.store_completed()
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """Return the rows of a table: the attempts at the tasks that were repeated."""
+        tasks = [(self._array.tasks[index].name, series) for index, series in sorted(self._series.items())]
+        return [{"task": name, **row} for name, series in tasks for row in rows_of(series.ended)]
 
     def _adopt(self, tasks: Mapping[int, Task] | None) -> Choice:
         choice, self._jobs_by_run = super()._adopt(tasks), {}
