@@ -84,6 +84,16 @@ def test_the_projects_and_limits_of_another_cluster_do_not_count(runs: Runs) -> 
     assert runs.gateway.limits(CPU_PARTITION, CPU_PARTITION, ACCOUNT) == Limits(10001, 20000)
 
 
+def test_the_limit_of_all_users_of_a_project_counts(site: SimulatedSite, runs: Runs) -> None:
+    """Slurm would never accept a larger array job."""
+    change = ("sacctmgr", "--immediate", "modify", "account", ACCOUNT, "set")
+    site.cluster.query(*change, "GrpSubmitJobs=40")
+    try:
+        assert runs.gateway.limits(CPU_PARTITION, CPU_PARTITION, ACCOUNT) == Limits(10001, 40)
+    finally:
+        site.cluster.query(*change, "GrpSubmitJobs=-1")
+
+
 def test_variables_of_the_login_shell_do_not_keep_a_job_from_being_cancelled(site: SimulatedSite, runs: Runs) -> None:
     exports = f"export SCANCEL_PARTITION={GPU_PARTITION} SCANCEL_STATE=PENDING SLURM_CLUSTERS=elsewhere"
     for name in (".bash_profile", ".bashrc"):

@@ -28,10 +28,12 @@ case "$*" in
 esac"""
 SACCTMGR = """\
 case "$*" in
+*"assoc user= "*) echo '|{project}';;
 *assoc*) printf 'cpu|{association}|\\ngpu|1|1\\n';;
 *"qos mine"*) echo 'mine|{mine}||';;
 *"qos of_partition"*) echo 'of_partition||40|60';;
 esac"""
+NAMED = ("project", "association", "mine")
 
 
 @pytest.mark.parametrize(
@@ -41,6 +43,7 @@ esac"""
         ({"parameters": "bf_interval=3,max_array_tasks=500"}, Limits(500, None)),
         ({"association": "30"}, Limits(1001, 30)),
         ({"association": "30", "mine": "20"}, Limits(1001, 20)),
+        ({"association": "30", "project": "25"}, Limits(1001, 25)),
         ({"association": "50", "qos": "of_partition"}, Limits(1001, 40)),
         ({"count": "10000"}, Limits(1001, 10000)),
         ({"count": "10000", "association": "30"}, Limits(1001, 30)),
@@ -50,8 +53,8 @@ esac"""
 def test_the_limits_are_the_fewest_that_apply(
     said: dict[str, str], expected: Limits, slurm: Path, prepare: Prepare
 ) -> None:
-    """Of the user's association (not in other partitions), of the job's QoS, of the partition's, and of all users."""
-    known = {"size": "1001", "count": "", "parameters": "(null)", "qos": "N/A", "association": "", "mine": "", **said}
+    """Of all users, of the project, of the user in it (not in other partitions), of the job's QoS, of the partition's."""
+    known = {"size": "1001", "count": "", "parameters": "(null)", "qos": "N/A", **dict.fromkeys(NAMED, ""), **said}
     put(slurm, "scontrol", SCONTROL.format(**known))
     put(slurm, "sacctmgr", SACCTMGR.format(**known))
     assert prepare().limits("cpu", "mine", "p1") == expected

@@ -125,7 +125,9 @@ def limits(agent, ask, _):
     account = ask["account"] or projects_here(settings)["default"]
     chosen = here(settings) + (["account=" + account] if account else [])
     submit = [settings.get("MaxJobCount", "")]  # of all users
-    for partition, *texts in listed("assoc", "user=" + user(), *chosen, "format=Partition,MaxSubmitJobs,GrpSubmitJobs"):
+    rows = listed("assoc", "user=" + user(), *chosen, "format=Partition,MaxSubmitJobs,GrpSubmitJobs")
+    rows += listed("assoc", "user=", *chosen, "format=Partition,GrpSubmitJobs")  # of all users of the project
+    for partition, *texts in rows:
         submit += texts if partition in ("", ask["partition"]) else ()
     for qos in {ask["qos"], qos_of(ask["partition"])} - {"", "N/A"}:
         for _, *texts in listed("qos", qos, "format=Name,MaxSubmitPU,MaxSubmitPA,GrpSubmit"):
