@@ -58,9 +58,9 @@ def other_cluster(site: SimulatedSite) -> Iterator[None]:
     manage("delete", "account", ELSEWHERE)
 
 
-def files_of(request: SlurmRequest, key: str) -> dict[str, str]:
+def files_of(request: SlurmRequest, key: str, body: str = "sleep 300") -> dict[str, str]:
     complete = allocate(request, SITE, CPU_PARTITION, CPU_PARTITION).request
-    return {"job.sh": render_job_script(complete, SITE, job_name=key, about={}, environment={}, body="sleep 300")}
+    return {"job.sh": render_job_script(complete, SITE, job_name=key, about={}, environment={}, body=body)}
 
 
 @pytest.mark.usefixtures("hidden")
@@ -106,3 +106,15 @@ def test_variables_of_the_login_shell_do_not_keep_a_job_from_being_cancelled(sit
     assert end.state == "CANCELLED"
     findings = dict(examine(PROJECT, open_instance=dg.DagsterInstance.ephemeral))
     assert findings["partitions"].found == f"{CPU_PARTITION}, {GPU_PARTITION}"
+
+
+def test_limits_of_the_login_node_do_not_count_in_jobs(site: SimulatedSite, runs: Runs) -> None:
+    """Of processes, address space and CPU time."""
+    limits = "ulimit -S -u 4000 -v 32000000 -t 3600"
+    site.run_on_login(CERTIFICATE_USER, f"echo '{limits}' >.bashrc")
+    path = f"{runs.folder}/limits-1"
+    shown = "; ".join(f"ulimit -{which} -u; ulimit -{which} -v; ulimit -{which} -t" for which in "SH")
+    job = submit_run(runs.gateway, path, files_of(SlurmRequest(), "limits-1", f"cat /proc/$PPID/limits; {shown}")).job
+    site.wait_for_job(int(job))
+    said = (site.layout.home / Path(path).relative_to("/home") / "stdout").read_text().splitlines()
+    assert said[-6:-3] == said[-3:]

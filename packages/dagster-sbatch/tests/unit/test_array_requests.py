@@ -53,7 +53,7 @@ NAMED = ("project", "association", "mine")
 def test_the_limits_are_the_fewest_that_apply(
     said: dict[str, str], expected: Limits, slurm: Path, prepare: Prepare
 ) -> None:
-    """Of all users, of the project, of the user in it (not in other partitions), of the job's QoS, of the partition's."""
+    """Of all users, the project, the user in it (not in other partitions), the job's QoS, and that of the partition."""
     known = {"size": "1001", "count": "", "parameters": "(null)", "qos": "N/A", **dict.fromkeys(NAMED, ""), **said}
     put(slurm, "scontrol", SCONTROL.format(**known))
     put(slurm, "sacctmgr", SACCTMGR.format(**known))

@@ -102,6 +102,7 @@ printf '{"started": "%s", "time": %s, "temporary": "%s"}\n' "$HOSTNAME" "$began"
 
 # In a profile these would send a step's output elsewhere, label it, start the step elsewhere, or fewer tasks of it.
 unset SLURM_{CLUSTERS,EXTERNAL_LAUNCHER,LABELIO,REMOTE_CWD,WORKING_DIR} SLURM_STD{IN,OUT,ERR}MODE "${!SRUN_@}"
+ulimit -S -t hard -u hard -v hard # Slurm passes on those of the login node. With low ones, Ray hangs, for instance.
 # $PYTHON uses its own packages, not those of a module's Python or of the home.
 unset PYTHONHOME PYTHONPLATLIBDIR PYTHONSAFEPATH
 export PYTHONNOUSERSITE=1 TMPDIR=$JOB_TMPDIR

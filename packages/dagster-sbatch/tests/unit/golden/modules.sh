@@ -84,6 +84,7 @@ printf '{"started": "%s", "time": %s, "temporary": "%s"}\n' "$HOSTNAME" "$began"
 
 # In a profile these would send a step's output elsewhere, label it, start the step elsewhere, or fewer tasks of it.
 unset SLURM_{CLUSTERS,EXTERNAL_LAUNCHER,LABELIO,REMOTE_CWD,WORKING_DIR} SLURM_STD{IN,OUT,ERR}MODE "${!SRUN_@}"
+ulimit -S -t hard -u hard -v hard # Slurm passes on those of the login node. With low ones, Ray hangs, for instance.
 # The modules of the request. If Lmod cannot load one of them, it loads none, and the job ends.
 module load GCC/14.3.0 OpenMPI 2>modules.log
 loaded=$?

@@ -249,12 +249,9 @@ def main() -> None:
         if os.getppid() != parent:  # it has ended already
             raise SystemExit(143)
         node.run()
-    except NodeError as error:
+    except (NodeError, OSError) as error:  # the disk is full, say
         fail(f"Ray on {os.environ['SLURMD_NODENAME']}: {error}")
         raise SystemExit(1) from None
-    except OSError as error:  # the disk is full, say
-        fail(f"Ray on {os.environ['SLURMD_NODENAME']}: {error}")
-        raise
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         node.clean_up()

@@ -23,12 +23,11 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from one_rank import STDERR, WORK, Output, leave_signals_to_the_workload, shell_code
+from one_rank import POLL_SECONDS, STDERR, WORK, Output, leave_signals_to_the_workload, shell_code
 from ports import claim_ports
 
 _RANK = Path(__file__).with_name("one_rank.py")
 GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL for local ranks
-POLL_SECONDS = 0.05
 NO_CONTAINER = ("container: ", "FATAL: ")
 """Beginnings of lines of start.sh and of apptainer, if a rank cannot start in its container."""
 RANK_SHELL = """\
