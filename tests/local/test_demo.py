@@ -36,7 +36,7 @@ def test_it_shows_what_the_assets_reported(copy: Path, no_namespaces: str) -> No
     assert "│ pi_estimate │ " in done.stdout
     assert "pi 3.13504, points 200000" in done.stdout
     assert "There is no simulated supercomputer here: " in done.stdout
-    assert (copy / ".dagster" / "demo.log").read_text().count("STEP_SUCCESS") == 1
+    assert (copy / ".dagster" / "demo.log").read_text().count("RUN_SUCCESS") == 1
     assert run_in(copy, "git", "status", "--porcelain").stdout == ""
 
 

@@ -6,12 +6,14 @@ from types import SimpleNamespace
 
 import dagster as dg
 import pytest
+from rich.console import Console
 from rich.progress import Progress
 
 from dagster_sbatch.commands.demo import (
     EVENT,
     WIDTH,
     Run,
+    _follow,
     _show,
     execute,
     materialise,
@@ -102,3 +104,13 @@ def test_a_long_message_is_cut_and_ends_with_dots(message: str, shown: str) -> N
     progress = Progress()
     _show(progress, {"asset": progress.add_task("")}, EVENT.search(line))
     assert progress.tasks[0].description == shown
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_an_asset_whose_end_is_not_in_the_log_has_a_time_if_the_run_succeeds(tmp_path: Path, code: int) -> None:
+    """Dagster shows the output of a step by `tail`, and ends that with the step: the last lines may be lost."""
+    line = f"2013-11-22 10:00:00 +0000 - dagster - DEBUG - job - {'0' * 36} - 12 - asset - STEP_START - Started."
+    child = [sys.executable, "-c", f"print({line!r}, flush=True); raise SystemExit({code})"]
+    ended, seconds = _follow(Console(), child, {}, tmp_path / "log", {"asset": dg.AssetKey("asset")})
+    assert ended == code
+    assert (seconds[dg.AssetKey("asset")] > 0) == (code == 0)

@@ -175,6 +175,8 @@ def _follow(
                 if line.rstrip() == REASONS:
                     last = deque()  # keeps all lines that follow
                 _show(progress, tasks, EVENT.search(line))
+        for task in () if child.returncode else tasks.values():  # Dagster may lose the last lines of a step
+            progress.update(task, completed=1)
     seconds = {steps[step]: progress.tasks[task].finished_time or 0.0 for step, task in tasks.items()}
     if interrupts:
         console.print("Interrupted; nothing is left running.")
