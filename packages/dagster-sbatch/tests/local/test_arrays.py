@@ -3,13 +3,16 @@
 import os
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import psutil
 import pytest
 
 from dagster_sbatch import ComputeResource, JobArray, ScriptLauncher
+from dagster_sbatch.run import local_run
 from resources import PROJECT
 from slurm_in_a_box import wait_until
 from support.array_asset import DAYS, ArrayAsset, ArrayOutcome
@@ -310,6 +313,22 @@ def test_a_run_that_is_interrupted_leaves_nothing_and_keeps_what_is_complete(tmp
     again = asset.run(FIRST, LAST, of=outcome.run_id, from_failure=True)
     assert ran(data_root, again.run_id) == KEYS[2:]
     assert sorted_keys(again) == KEYS
+
+
+def test_a_thread_that_cannot_be_started_ends_the_other_tasks(
+    tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Pool(ThreadPoolExecutor):
+        def submit(self, call: Any, /, *args: Any, **options: Any) -> Any:
+            if self._threads:
+                raise RuntimeError("can't start new thread")
+            return super().submit(call, *args, **options)
+
+    monkeypatch.setattr(local_run, "ThreadPoolExecutor", Pool)
+    workload = "import os, pathlib, time\ntime.sleep(20)\npathlib.Path(os.environ['DATA_ROOT'], 'at its end').touch()"
+    outcome = ArrayAsset(tmp_path, workload, JobArray()).run(FIRST, LAST)
+    assert "can't start new thread" in outcome.error
+    assert not (data_root / "at its end").exists()
 
 
 def test_a_step_has_one_array_of_its_partitions(tmp_path: Path) -> None:

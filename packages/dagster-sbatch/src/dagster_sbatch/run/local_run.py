@@ -73,8 +73,8 @@ def _run_tasks(step: ArrayStep, run: Runner, most: int | None, stop: threading.E
 
     try:
         with ThreadPoolExecutor(most or os.cpu_count() or 1) as pool:
-            tasks = {pool.submit(run_task, index): index for index in step.left}
             try:
+                tasks = {pool.submit(run_task, index): index for index in step.left}
                 for task in as_completed(tasks):
                     ended = task.result()
                     with turn:
@@ -92,7 +92,7 @@ def _run_tasks(step: ArrayStep, run: Runner, most: int | None, stop: threading.E
 def _judge(step: ArrayStep, index: int, ended: Ended) -> None:
     logs = f"the lines of this step's stdout and stderr that begin with [{step.tasks[index].label}]"
     if ended.cause:
-        step.failed(index, ended.cause, logs)
+        step.failed(index, ended.cause, logs if ended.seconds else "none: it has not run")
     else:
         step.ended(index, ended.exit_code, {}, ended.costs, logs)
 
