@@ -50,15 +50,16 @@ def test_only_a_re_execution_from_failure_leaves_out_what_is_stored(tmp_path: Pa
     """Dagster's retry with the strategy ALL_STEPS has a retry number; re-executions of all steps inherit some tags."""
     asset = ArrayAsset(tmp_path, LAST_FAILS, JobArray())
     first = asset.run(FIRST, LAST)
+    by_asset: dict[str, Any] = {"dagster/is_asset_resume_retry": "true"}  # Dagster selects assets that have checks
+    selected = asset.run(FIRST, LAST, of=first.run_id, **by_asset)
+    assert ran(data_root, selected.run_id) == [LAST]
     (data_root / "fixed").touch()
     number: dict[str, Any] = {"dagster/retry_number": "1"}
     retry = asset.run(FIRST, LAST, of=first.run_id, **number)
     assert ran(data_root, retry.run_id) == KEYS
     resumed = asset.run(FIRST, LAST, of=first.run_id, from_failure=True, **number)
     assert ran(data_root, resumed.run_id) == [LAST]
-    copied: dict[str, Any] = {"dagster/is_asset_resume_retry": "true"}
-    for parent in (first, resumed):
-        assert ran(data_root, asset.run(FIRST, LAST, of=parent.run_id, **copied).run_id) == KEYS
+    assert ran(data_root, asset.run(FIRST, LAST, of=selected.run_id, **by_asset).run_id) == KEYS
 
 
 def test_a_stored_partition_is_computed_again_if_there_is_newer_data_to_read(tmp_path: Path, data_root: Path) -> None:
@@ -73,6 +74,25 @@ def test_a_stored_partition_is_computed_again_if_there_is_newer_data_to_read(tmp
     assert sorted(map(str, resumed.once)) == KEYS
     assert "This run skips 1 partition that earlier runs have completed." in resumed.log
     assert any(line.startswith("This run computes 1 partition again") for line in resumed.log)
+
+
+def test_what_is_stored_after_dagster_has_failed_the_run_is_not_computed_again(
+    tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fails a run that exceeds `dagster/max_runtime` as soon as it has asked the run's process to end."""
+    store = ArrayStep.store_completed
+
+    def store_late(step: ArrayStep) -> None:
+        step._context.instance.report_run_failed(step._context.run)
+        store(step)
+
+    asset = ArrayAsset(tmp_path, LAST_FAILS, JobArray())
+    with monkeypatch.context() as patched:
+        patched.setattr(ArrayStep, "store_completed", store_late)
+        first = asset.run(FIRST, LAST)
+    (data_root / "fixed").touch()
+    resumed = asset.run(FIRST, LAST, of=first.run_id, from_failure=True)
+    assert ran(data_root, resumed.run_id) == [LAST]
 
 
 def test_what_another_deployment_has_stored_is_computed_again(tmp_path: Path, data_root: Path) -> None:
@@ -220,6 +240,7 @@ def test_a_process_that_cannot_be_started_is_the_failure_of_its_task(
     outcome = asset.run(FIRST, LAST)
     assert "1 of 3 tasks failed. The other tasks have materialized 2 partitions." in outcome.error
     assert f"(2013-01-02): its process could not be started: [Errno {errno.EAGAIN}]" in outcome.error
+    assert "Logs: none: it has not run" in outcome.error
     assert sorted(map(str, outcome.once)) == [FIRST, LAST]
 
 

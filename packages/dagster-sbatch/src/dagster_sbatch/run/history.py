@@ -10,15 +10,16 @@ import dagster as dg
 from dagster_sbatch.run.calls import StepName
 from dagster_sbatch.run.tags import deployment_of, job_tag
 
-_RESUMED = "dagster/is_resume_retry"
-"""Tag that Dagster sets to "true" in a re-execution from failure. From asset failure, it selects nothing stored."""
+_RESUMED, _BY_ASSET = ("dagster/is_resume_retry", "true"), ("dagster/is_asset_resume_retry", "true")
+"""Tags of a re-execution from failure, and from asset failure; Dagster copies the second one to later re-executions."""
 DATA_VERSION, _IS_REPORTED = "dagster/data_version", "dagster/data_version_is_user_provided"
 CODE_VERSION = "dagster/code_version"  # tags of a materialization; the last one, if the end of a step has made it
 _CHECKED = "DagsterAssetCheckFailedError"  # ends a step after a failed blocking check; all results are stored by then
 MOST_PARTITIONS = 10_000  # that Dagster's storage is asked for at once
 _MOST_OBSERVATIONS = 100  # the latest ones, among which one with a data version is searched
 Stored = tuple[int, dg.AssetMaterialization]  # a materialization, and before it the storage id of its event
-_ENDS = {dg.DagsterEventType.STEP_SUCCESS, dg.DagsterEventType.STEP_FAILURE}
+_DEAD = dg.DagsterEventType.RUN_FAILURE  # what a step does after it, it does for the run's retry
+_ENDS = {dg.DagsterEventType.STEP_SUCCESS, dg.DagsterEventType.STEP_FAILURE, _DEAD}
 _STORED = dg.DagsterEventType.ASSET_MATERIALIZATION
 age_of = attrgetter("storage_id")  # the order of records in Dagster's database, also if the clock was set back
 
@@ -72,10 +73,8 @@ def find_data_version(instance: dg.DagsterInstance, asset: dg.AssetKey, *, parti
     partitions that there are: then the asset's newest event is the version. Otherwise, this returns None for an asset
     with partitions: it is one of another code location, and nobody knows which of them the step reads.
     """
-    records = [
-        *instance.fetch_materializations(asset, limit=1).records,
-        *instance.fetch_observations(asset, limit=_MOST_OBSERVATIONS).records,
-    ]
+    records = list(instance.fetch_materializations(asset, limit=1).records)
+    records += instance.fetch_observations(asset, limit=_MOST_OBSERVATIONS).records
     newest = max((each for each in records if _data_version(each)), key=age_of, default=None)
     if newest is None or partitioned:
         return newest and str(newest.storage_id)
@@ -131,9 +130,8 @@ def key_in(instance: dg.DagsterInstance, run_id: str, step: StepName) -> str:
 def _events_of(
     instance: dg.DagsterInstance, run_id: str, step: StepName, kinds: set[dg.DagsterEventType]
 ) -> list[dg.EventLogEntry]:
-    """Return events of a step, but not after its run was taken for dead: such a step works for the run's retry."""
-    logs = instance.all_logs(run_id, of_type={*kinds, dg.DagsterEventType.RUN_FAILURE})
-    found = [*takewhile(lambda event: event.dagster_event_type != dg.DagsterEventType.RUN_FAILURE, logs)]
+    """Return events of a step; if _DEAD is among the kinds, only those before it."""
+    found = [*takewhile(lambda event: event.dagster_event_type != _DEAD, instance.all_logs(run_id, of_type=kinds))]
     key = key_in(instance, run_id, step) if found else None  # it reads an event per partition of the run
     return [event for event in found if event.step_key == key]
 
@@ -153,8 +151,10 @@ def stored_partitions(step: dg.OpExecutionContext) -> dict[str, dict[dg.AssetKey
         for event in _events_of(step.instance, run.run_id, name, {_STORED}):
             if (stored := event.asset_materialization) and stored.partition is not None and stored.asset_key in assets:
                 found.setdefault(stored.partition, set()).add(stored.asset_key)
-        again = run.tags.get(_RESUMED) == "true" and run.parent_run_id
-        run = step.instance.get_run_by_id(again) if again else None
+        before = step.instance.get_run_by_id(run.parent_run_id) if run.parent_run_id else None
+        copied = before is not None and _BY_ASSET in before.tags.items()
+        resumed = _RESUMED in run.tags.items() or (_BY_ASSET in run.tags.items() and not copied)
+        run = before if resumed else None
         if run and (is_stored(step.instance, [run.run_id], name) or deployment_of(run) != deployment):
             break
     complete = [partition for partition, each in found.items() if len(each) == len(assets)]
@@ -168,7 +168,7 @@ def stored_partitions(step: dg.OpExecutionContext) -> dict[str, dict[dg.AssetKey
 
 def stored_before(instance: dg.DagsterInstance, runs: Iterable[str], step: StepName) -> set[str]:
     """Return the partitions that a step has stored in one of some runs."""
-    events = (event for run in runs for event in _events_of(instance, run, step, {_STORED}))
+    events = (event for run in runs for event in _events_of(instance, run, step, {_STORED, _DEAD}))
     return {each.partition for event in events if (each := event.asset_materialization) and each.partition is not None}
 
 
