@@ -80,6 +80,13 @@ esac""",
     assert prepare().limits("cpu", "", named).submit == expected
 
 
+def test_the_limits_of_projects_that_may_not_be_the_users_do_not_count(slurm: Path, prepare: Prepare) -> None:
+    """The accounting names no default project of the user."""
+    put(slurm, "scontrol", SCONTROL.format(size="1001", count="", parameters="", qos="N/A"))
+    put(slurm, "sacctmgr", 'case "$*" in *"show user"*) ;; *"user= "*) echo "|1";; *) echo "|30|";; esac')
+    assert prepare().limits("cpu", "", "") == Limits(1001, 30)
+
+
 def test_a_centre_without_accounting_names_no_limit_of_submitted_jobs(slurm: Path, prepare: Prepare) -> None:
     put(slurm, "scontrol", SCONTROL.format(size="1001", count="", parameters="", qos="N/A"))
     put(slurm, "sacctmgr", "echo 'You are not running a supported accounting_storage plugin' >&2; exit 1")

@@ -126,7 +126,7 @@ def limits(agent, ask, _):
     chosen = here(settings) + (["account=" + account] if account else [])
     submit = [settings.get("MaxJobCount", "")]  # of all users
     rows = listed("assoc", "user=" + user(), *chosen, "format=Partition,MaxSubmitJobs,GrpSubmitJobs")
-    rows += listed("assoc", "user=", *chosen, "format=Partition,GrpSubmitJobs")  # of all users of the project
+    rows += listed("assoc", "user=", *chosen, "format=Partition,GrpSubmitJobs") if account else []  # of all its users
     for partition, *texts in rows:
         submit += texts if partition in ("", ask["partition"]) else ()
     for qos in {ask["qos"], qos_of(ask["partition"])} - {"", "N/A"}:
