@@ -1,6 +1,7 @@
 """How the doctor reads a login node's answers, whatever its commands print."""
 
 import errno
+import resource
 import socket
 import threading
 from collections.abc import Callable
@@ -232,7 +233,7 @@ def test_a_login_node_that_runs_no_commands_is_said_at_once(tmp_path: Path, monk
     monkeypatch.setattr(login_node, "open_runs", lambda *_: nullcontext(Runs(Gateway(refuse), facts.settings)))
     state, found, fix = make(login_node.check_login, facts)
     assert (state, found, tries) == ("broken", "no channel: Administratively prohibited", ["login"])
-    assert "login shell" in fix
+    assert fix == "do what it says; else try again, and check what your login shell does there"
 
 
 def test_a_login_shell_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,6 +249,12 @@ def test_a_long_temporary_folder(look: Look, tmp_path: Path) -> None:
     facts.survey = look("exit 0", TMPDIR=f"/tmp/{'x' * 60}")
     state, found, _ = login_node.check_temporary_folder(facts)
     assert (state, found) == ("warning", f"/tmp/{'x' * 60} has 65 characters")
+
+
+def test_a_login_node_without_a_limit_on_open_files(tmp_path: Path) -> None:
+    facts = facts_of(("login.example", 22), tmp_path)
+    facts.survey = {"files": resource.RLIM_INFINITY}
+    assert login_node.check_open_files(facts) == ("ok", "unlimited", "")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ WANTED_FILES = 65536
 
 def check_login(facts: Facts) -> Finding:
     """Log in, start the agent, and take the survey that the checks below read."""
-    settings, fix = facts.settings, "try again; check what your login shell does on the login node"
+    settings, fix = facts.settings, "do what it says; else try again, and check what your login shell does there"
     facts.runs = facts.until_the_end.enter_context(open_runs(settings, facts.project, SECONDS))
     request = {"do": "survey.survey", "path": str(settings.deployment_base_path)}
     try:
@@ -112,4 +112,4 @@ def check_open_files(facts: Facts) -> Finding:
     if 0 <= limit < WANTED_FILES:  # less than 0: there is none
         found = f"{limit} on the login node, less than the {WANTED_FILES} that Ray wants"
         return warning(found, "compute nodes may allow more; jobs raise their limit as far as the node allows")
-    return ok(str(limit))
+    return ok(str(limit) if limit >= 0 else "unlimited")
