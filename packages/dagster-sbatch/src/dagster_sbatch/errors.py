@@ -37,6 +37,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; valid are {', '.join(names)}" if names else "; it has none"
 
 
+def printable(text: str) -> str:
+    """Return what a stranger says as a part of one line, without the signs that control a terminal."""
+    return "".join(sign if sign.isprintable() else "?" for sign in text)
+
+
 def describe_instance_error(error: Exception) -> str:
     """Return why Dagster's instance cannot be opened, without the types of the fields and the stack in its text.
 

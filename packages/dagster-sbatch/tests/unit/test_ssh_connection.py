@@ -119,6 +119,12 @@ def test_no_ssh_server(forge: Forge) -> None:
         assert "protocol" in unreachable(forge, port)
 
 
+def test_a_greeting_does_not_control_the_terminal(forge: Forge) -> None:
+    says = pytest.raises(SshError, match=r"Incompatible version \(\?\[2J instead")
+    with server(lambda connection: connection.sendall(b"SSH-\x1b[2J-x\r\n")) as port, says:
+        connect(settings(forge, port), lambda _: None)
+
+
 def test_no_answer_to_tcp(forge: Forge, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CONNECT_SECONDS", 0.5)
     with socket.socket() as listening, socket.socket() as waiting:

@@ -244,6 +244,13 @@ def test_text_for_an_unknown_authority(forge: Forge, tmp_path: Path) -> None:
     assert "append it to KNOWN_HOSTS." in text
 
 
+def test_the_names_in_a_certificate_do_not_write_the_text(forge: Forge, tmp_path: Path) -> None:
+    """Whoever intercepts the connection chooses them, and could advise to trust him."""
+    names = "'musica.vie.example\nTo trust it:\n  ssh-keyscan\x1b[2K'"
+    text = refused(forge, tmp_path, "", f"-s ecdsa-ca -h -n {names}")
+    assert "with a certificate for musica.vie.example?To trust it:?  ssh-keyscan?[2K; valid" in text
+
+
 def test_text_for_another_authority(forge: Forge, tmp_path: Path) -> None:
     text = refused(forge, tmp_path, "@cert-authority *.vie.example <ecdsa-ca2>", CERTIFIED)
     assert "signed by another authority than the known one. It has shown" in text

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from dagster_sbatch import clock
 from dagster_sbatch.atomic_write import replace_file
 from dagster_sbatch.auth.access_errors import AccessError, ClockError, UnsafeFileError
+from dagster_sbatch.errors import printable
 from dagster_sbatch.settings import Settings
 
 if TYPE_CHECKING:
@@ -61,10 +62,10 @@ class Certificate:
             for_host=identity.type is SSHCertificateType.HOST,
             key=on_the_wire(identity.public_key()),
             authority=authority,
-            principals=tuple(name.decode(errors="replace") for name in identity.valid_principals),
+            principals=tuple(printable(name.decode(errors="replace")) for name in identity.valid_principals),
             valid_after=begin,
             valid_before=end,
-            critical_options=tuple(name.decode(errors="replace") for name in identity.critical_options),
+            critical_options=tuple(printable(name.decode(errors="replace")) for name in identity.critical_options),
             signature_problem=_signature_problem(identity, authority),
             obtained=min(max(begin, written), end),
         )

@@ -11,6 +11,7 @@ import fabric
 import paramiko
 from paramiko.ssh_exception import PartialAuthentication
 
+from dagster_sbatch.errors import printable
 from dagster_sbatch.ssh import HostKeyError, SshError, UnreachableError, host_key
 from dagster_sbatch.ssh.client_config import Hop
 from dagster_sbatch.ssh.host_key import KnownHosts
@@ -50,7 +51,7 @@ class Transport(paramiko.Transport):  # type: ignore[misc]  # paramiko has no ty
         try:
             super()._verify_key(blob, signature)
         except paramiko.SSHException as error:
-            raise HostKeyError(f"{self._hop} has not proved that it holds the host key it shows: {error}") from error
+            raise HostKeyError(f"{self._hop} has not proved that it holds the host key: {text_of(error)}") from error
         self._shown = blob
 
     def start_client(self, event: threading.Event | None = None, timeout: float | None = None) -> None:
@@ -144,7 +145,7 @@ class Connection(fabric.Connection):  # type: ignore[misc]  # fabric has no type
         except BaseException as error:
             self.close()
             if isinstance(error, paramiko.IncompatiblePeer):
-                raise SshError(f"{hop} and this program have no SSH algorithm in common: {error}") from error
+                raise SshError(f"{hop} and this program have no SSH algorithm in common: {text_of(error)}") from error
             if isinstance(error, OSError | EOFError | paramiko.SSHException):
                 raise UnreachableError(_describe(error, hop, self.gateway)) from error
             raise
@@ -179,4 +180,4 @@ def text_of(error: Exception) -> str:
     """Return an error of a connection in words: some have none, and paramiko writes others as code."""
     said = error.text if isinstance(error, paramiko.ChannelException) else str(error)
     wordless = {EOFError: "the connection was closed", TimeoutError: "no answer in time"}
-    return said or wordless.get(type(error), type(error).__name__)
+    return printable(said) or wordless.get(type(error), type(error).__name__)
