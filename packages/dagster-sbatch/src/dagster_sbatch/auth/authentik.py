@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from dagster_sbatch.auth.access_errors import AccessError, RejectedError, UnavailableError
 from dagster_sbatch.auth.http import TRIES, Http, HttpAnswer
+from dagster_sbatch.errors import printable
 from dagster_sbatch.settings import Settings
 
 SCOPE = "openid profile email"
@@ -61,7 +62,7 @@ class Authentik:
         try:
             written = answer.data["expires"]
             return datetime.fromisoformat(written).astimezone(UTC) if written else NEVER
-        except (TypeError, KeyError, ValueError):
+        except (TypeError, KeyError, ValueError, OverflowError):
             text = f"authentik did not make a token {identifier!r}, or did not say when it expires ({answer.reason})"
             raise AccessError(f"{text}. {_ADDRESS}") from None
 
@@ -143,7 +144,7 @@ def request_oidc_token(settings: Settings, app_password: str, http: Http) -> Oid
         )
     try:
         return _parse_token(answer.data["id_token"])
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as problem:
+    except (ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError) as problem:
         lacks = str(problem) if type(problem) is ValueError else "it is missing or cannot be read"
         raise AccessError(
             f"authentik's OIDC token (id_token) cannot be used for a certificate: {lacks}. ASC_OIDC_CLIENT_ID="
@@ -163,4 +164,6 @@ def _parse_token(value: str) -> OidcToken:
             "'Include claims in id_token' off, or it does not map the scope email"
         )
     issued, expires = (datetime.fromtimestamp(int(claims[name]), UTC) for name in ("iat", "exp"))
-    return OidcToken(value, str(claims["email"]), issued, expires, str(claims.get("iss")), str(claims.get("aud")))
+    return OidcToken(
+        value, printable(str(claims["email"])), issued, expires, str(claims.get("iss")), str(claims.get("aud"))
+    )

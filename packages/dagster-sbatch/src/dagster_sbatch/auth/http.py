@@ -8,28 +8,34 @@ import json
 import os
 import random
 import re
+import socket
 import ssl
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 from urllib.request import getproxies_environment, proxy_bypass
 
 import certifi
 
 from dagster_sbatch.auth.access_errors import AccessError, UnavailableError
+from dagster_sbatch.errors import printable
 
 if TYPE_CHECKING:
     import httpx
 
-TRY_SECONDS = 10.0  # between two signs of life of a server, and for its whole answer
+TRY_SECONDS = 10.0  # between two signs of life of a server, and for the body of its answer
+HEAD_SECONDS = 20.0  # for the head of the answer, and to connect
+MOST_BYTES = 1 << 20  # of an answer that are read
 TRIES = 3
 BUDGET_SECONDS = 60.0  # for all calls of one refresh together
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 5.0  # seconds between tries; each pause is a random part of a limit that doubles
+_AS_IT_IS = {"Accept-Encoding": "identity"}  # a short answer could unpack to one that fills the memory
 _TEMPORARY = frozenset({408, 425, 429, 500, 502, 503, 504})
 MOST_PORT = 65535
 LONGEST_PART = 63  # bytes between two dots of a host's name (RFC 1035)
@@ -121,7 +127,7 @@ class HttpAnswer:
         if isinstance(self.data, dict):
             for name in ("detail", "error_description", "message", "error"):
                 if isinstance(self.data.get(name), str):
-                    return f"HTTP {self.status}: {self.data[name][:300]}"
+                    return f"HTTP {self.status}: {printable(self.data[name][:300])}"
         return f"HTTP {self.status}" + (f": {json.dumps(self.data)[:300]}" if self.status >= 400 else "")
 
 
@@ -175,9 +181,17 @@ class Http:
         seconds = min(TRY_SECONDS, self.remaining())
         try:
             with httpx.Client(
-                verify=trust or self._public_trust, timeout=seconds, proxy=through, trust_env=False
+                verify=trust or self._public_trust, timeout=seconds, proxy=through, trust_env=False, headers=_AS_IT_IS
             ) as client:
-                return _receive(client.send(client.build_request(method, address, **content), stream=True), proxy)
+                timer = threading.Timer(HEAD_SECONDS, _end)  # httpx's own limits are for each read alone
+                trace = partial(_note_socket, timer)
+                timer.start()
+                try:
+                    request = client.build_request(method, address, extensions={"trace": trace}, **content)
+                    response = client.send(request, stream=True)
+                finally:
+                    timer.cancel()
+                return _receive(response, proxy)
         except httpx.HTTPError as error:
             raise _explain(error, address, proxy, public=trust is None) from None
 
@@ -186,33 +200,43 @@ class Http:
         return public_trust()
 
 
+def _note_socket(timer: threading.Timer, event: str, said: Mapping[str, Any]) -> None:
+    if event.endswith(("connect_tcp.complete", "start_tls.complete")):
+        timer.args = [said["return_value"].get_extra_info("socket")]
+
+
+def _end(connection: socket.socket | None = None) -> None:
+    with suppress(OSError):  # it has ended
+        if connection:
+            socket.socket.shutdown(connection, socket.SHUT_RDWR)
+
+
 def _receive(response: "httpx.Response", proxy: Proxy | None) -> HttpAnswer:
     deadline = time.monotonic() + TRY_SECONDS
     place, status = _place(response.request.url), response.status_code
     received = bytearray()
-    try:
-        for chunk in response.iter_bytes():
-            received += chunk
-            if time.monotonic() > deadline:
-                raise UnavailableError(f"{place}: the answer takes longer than {TRY_SECONDS:.0f} s")
-    finally:
-        response.close()
+    for chunk in response.iter_raw():
+        received += chunk
+        if len(received) > MOST_BYTES:
+            break  # what is cut off is no JSON
+        if time.monotonic() > deadline:
+            raise UnavailableError(f"{place}: the answer takes longer than {TRY_SECONDS:.0f} s")
     if response.is_redirect:
-        raise AccessError(f"{place} has moved to {response.headers.get('Location', '?')}: set that address")
+        raise AccessError(f"{place} has moved to {printable(response.headers.get('Location', '?'))}: set that address")
     if status == 407 and proxy:
         raise _refused_by(proxy, response.request.url, "HTTP 407: it asks for a user name and a password")
     if status in _TEMPORARY:
         raise UnavailableError(f"{place}: HTTP {status}, it cannot answer now")
     date = None
-    with suppress(ValueError):
-        date = parsedate_to_datetime(response.headers.get("Date", ""))
+    with suppress(ValueError, OverflowError):
+        date = parsedate_to_datetime(response.headers.get("Date", "")).replace(tzinfo=UTC)  # it is always GMT
     return HttpAnswer(status, _document(bytes(received), place, status), date)
 
 
 def _document(body: bytes, place: str, status: int) -> Any:
     if not body.strip():
         return None
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         return json.loads(body)
     if status < 400:
         raise AccessError(f"{place} answered, but not as expected (no JSON): is the address right?")
