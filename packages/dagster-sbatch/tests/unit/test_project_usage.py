@@ -147,6 +147,28 @@ def test_sacct_is_asked_by_its_own_clock(ask: Ask, slurm: Path, monkeypatch: pyt
     assert earlier - later == pytest.approx(3600, abs=30)
 
 
+@pytest.mark.parametrize(
+    "forged",
+    [
+        "1|C|a|p|9999999999999|9|9|cpu=1|c|n|",
+        "1|C|a|p|253402300799|253402300799|9|cpu=1|c|n|",
+        "1|C|a|p|5|99999999999999999999999|9|cpu=1|c|n|",
+        "1|C|a|p|5|6|\N{SUPERSCRIPT TWO}|cpu=1|c|n|",
+        f"1|C|a|p|5|6|1|cpu={'9' * 5000}|c|n|",
+    ],
+)
+def test_the_name_of_another_users_job_stops_no_run(forged: str, ask: Ask) -> None:
+    """All users of a project see its jobs, and each names his own."""
+    usage = ask(sacct=f"cat <<'END'\n6|COMPLETED|ab1|p1|{START}|{START + 60}|60|cpu=4,node=1|c|two\n{forged}\nEND")
+    assert usage.jobs is not None
+    assert [job.job for job in usage.jobs] == ["6"]
+
+
+def test_the_comment_of_another_users_job_does_not_control_the_terminal(ask: Ask) -> None:
+    (job,) = ask(sacct=f"printf '6|C|ab1|p1|{START}|{START + 60}|60|cpu=4|c|n|asset=\\033[2Ja\n'").jobs or ()
+    assert job.comment == "asset=?[2Ja"
+
+
 def test_a_job_counts_whose_name_has_further_lines(ask: Ask) -> None:
     jobs = ask(sacct=f"printf '6|COMPLETED|ab1|p1|{START}|{START + 60}|60|cpu=4,node=1|c|two\\nlines|more\\n'").jobs
     assert [(job.job, job.name, job.comment, job.tres["node"]) for job in jobs or ()] == [("6", "two", "", 1)]

@@ -1,10 +1,12 @@
 """The agent's answers about a user's projects: limits, queue, past jobs, as data classes. Absent numbers are None."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from dagster_sbatch.errors import printable
 from dagster_sbatch.slurm.units import parse_duration
 
 GPU = "gres/gpu"
@@ -124,7 +126,7 @@ class Usage:
             **{name: said[name] for name in ("user", "projects", "default", "trouble")},
             since=since,
             now=datetime.fromtimestamp(said["now"], UTC),
-            jobs=None if jobs is None else [_life(row, tracked) for row in jobs],
+            jobs=None if jobs is None else [life for row in jobs if (life := _life(row, tracked))],
             queue=None if queue is None else [_queued(row, tracked) for row in queue],
             shares=None if shares is None else _shares(shares),
             parents=said["parents"] or {},
@@ -132,14 +134,17 @@ class Usage:
         )
 
 
-def _life(row: Sequence[str], tracked: Sequence[str]) -> JobLife:
-    job, _, user, project, start, end, seconds, text, partition, name, comment = row
-    if not seconds.lstrip("-").isdigit():  # a damaged row of the accounting: it ran for all of that time
-        seconds = str(int(end) - int(start)) if end.isdigit() else "0"
-    begun = datetime.fromtimestamp(int(start), UTC)
-    ended = datetime.fromtimestamp(int(end), UTC) if end.isdigit() else None
-    ran, tres = max(float(seconds), 0.0), parse_tres(text, tracked)
-    return JobLife(job, user, project, begun, ended, ran, tres, partition, name, comment)
+def _life(row: Sequence[str], tracked: Sequence[str]) -> JobLife | None:
+    """Read a row; None if that is not possible: another user's job can have a name that looks like further rows."""
+    job, _, user, project, start, end, seconds, text, partition, name, comment = map(printable, row)
+    with suppress(ValueError, OverflowError, OSError):
+        if not seconds.lstrip("-").isdigit():  # a damaged row of the accounting: it ran for all of that time
+            seconds = str(int(end) - int(start)) if end.isdigit() else "0"
+        begun = datetime.fromtimestamp(int(start), UTC)
+        ended = datetime.fromtimestamp(int(end), UTC) if end.isdigit() else None
+        ran, tres = max(float(seconds), 0.0), parse_tres(text, tracked)
+        return JobLife(job, user, project, begun, ended, ran, tres, partition, name, comment)
+    return None
 
 
 def _queued(row: Sequence[Any], tracked: Sequence[str]) -> Queued:

@@ -69,7 +69,7 @@ def allocations(names, since):
     lines, number = ask_slurm(*command, patience=PATIENCE).splitlines(), len(ALLOCATION)
     # A name and a comment may have further lines: then that of the job has no comment.
     rows = [(line.split("|", number - 1) + [""])[:number] for line in lines]
-    return [row for row in rows if len(row) == number and row[4].isdigit()]  # one that has not begun has no time
+    return [row for row in rows if len(row) == number and re.match(r"\d{1,10}\Z", row[4])]  # else it has not begun
 
 
 def queued(names):
