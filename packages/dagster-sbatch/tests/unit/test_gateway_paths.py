@@ -145,3 +145,20 @@ def test_the_login_profile_names_the_project(
     gateway = open_gateway()
     assert [gateway.test("#!/bin/sh\n") for _ in range(2)] == [(True, "none")] * 2
     assert home.times_read == 3
+
+
+@pytest.mark.parametrize(("link", "exchanged"), [("base", "link"), ("base", "target"), ("base/runs", "target")])
+def test_a_link_that_anybody_can_exchange_is_refused(
+    open_gateway: Callable[[], Gateway], tmp_path: Path, link: str, exchanged: str
+) -> None:
+    """Neither may the folder where it lies be open to all, nor the one where its target lies."""
+    places = {"link": tmp_path / "own", "target": tmp_path / "other"}
+    path = places["link"] / link
+    for folder in (path.parent, places["target"] / "target"):
+        folder.mkdir(mode=0o755, parents=True)
+    path.symlink_to(places["target"] / "target")
+    runs = f"{places['link']}/base/runs"
+    assert open_gateway().claim(runs, "family", "token", "me").held_by is None
+    places[exchanged].chmod(0o777)
+    with pytest.raises(RefusedError, match=rf"{places[exchanged]}: everybody can rename what lies in it"):
+        open_gateway().claim(runs, "family", "token", "me")

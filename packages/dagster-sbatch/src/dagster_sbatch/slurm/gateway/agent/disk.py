@@ -191,9 +191,13 @@ def check(folder):
         if found.st_mode & 0o022 and not sticky:
             text = "other users can write to it, and could change what your jobs run. Close it:\n  chmod go-w '%s'"
             raise OSError(errno.EPERM, text % path, path)
-    above = os.path.realpath(base)
-    while above != os.path.dirname(above):
-        above = os.path.dirname(above)
+    ways = [folder]  # and the folders above; a link adds what it leads to
+    for path in ways:
+        above = os.path.dirname(path)
+        if os.path.islink(path):
+            ways.append(os.path.join(above, os.readlink(path)))
+        if above != path:
+            ways.append(above)
         mode = os.stat(above).st_mode if inode_of(above) else 0
         if mode & 0o002 and not mode & stat.S_ISVTX:
             text = "everybody can rename what lies in it, and so exchange %s, which has what your jobs run. Choose "
