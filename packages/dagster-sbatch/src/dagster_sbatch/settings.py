@@ -43,6 +43,7 @@ LocalPath = Annotated[Path, AfterValidator(read_local_path)]
 RemotePath = Annotated[str, AfterValidator(check_remote_path)]
 Url = Annotated[str, AfterValidator(_https)]
 Hours = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Skew = Annotated[float, Field(gt=0, lt=1e6)]
 
 
 def _variable(name: str, description: str, example: str, default: Any = None, **limits: Any) -> Any:
@@ -170,12 +171,11 @@ class Settings(BaseSettings):
         "musica-pipelines",
         pattern=r"^[A-Za-z0-9_-]{1,80}$",
     )
-    authentik_refresh_skew_days: float | None = _variable(
+    authentik_refresh_skew_days: Skew | None = _variable(
         "ASC_AUTHENTIK_REFRESH_SKEW_DAYS",
         "Days before they expire when both stored secrets are replaced. "
         "Default: 7, or a third of their lifetime if that is less.",
         "3",
-        gt=0,
     )
     step_ca_url: Url | None = _variable("ASC_STEP_CA_URL", "The certificate authority.", "https://auth.asc.ac.at:9000")
     step_fingerprint: str | None = _variable(
@@ -184,11 +184,10 @@ class Settings(BaseSettings):
         "44b04847...",
         pattern=r"^[0-9a-fA-F]{64}$",
     )
-    step_refresh_skew: float | None = _variable(
+    step_refresh_skew: Skew | None = _variable(
         "ASC_STEP_REFRESH_SKEW",
         "Minutes before it expires when the certificate is replaced. Default: after two thirds of its life.",
         "60",
-        gt=0,
     )
 
     @property

@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from dagster_sbatch import clock
 from dagster_sbatch.auth import AccessError, BootstrapError, check_health, ensure_certificate, refresh
@@ -14,6 +15,7 @@ from dagster_sbatch.auth.http import Http
 from dagster_sbatch.auth.keys import certificate_path
 from dagster_sbatch.auth.refresh_failures import RefreshFailures
 from dagster_sbatch.auth.ways import read_access
+from dagster_sbatch.settings import Settings
 from support import access
 
 HOUR = 3600.0
@@ -196,3 +198,10 @@ def test_variables_that_are_missing_are_named(variables: dict[str, str]) -> None
     ) as error:
         ensure_certificate(access.settings_of({**variables, **PASSWORD}))
     assert "All but a certificate also need settings that are not set: ASC_OIDC_CLIENT_ID (" in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", "1e300", "0"])
+@pytest.mark.parametrize("name", ["ASC_STEP_REFRESH_SKEW", "ASC_AUTHENTIK_REFRESH_SKEW_DAYS"])
+def test_a_time_before_the_end_that_is_no_time_is_refused(name: str, value: str) -> None:
+    with pytest.raises(ValidationError):
+        Settings.model_validate({name: value})
