@@ -66,15 +66,8 @@ class AccessState:
     @property
     def missing_settings(self) -> list[str]:
         """Variables without which no certificate can be requested."""
-        settings = self.settings
-        needed = {
-            "ASC_OIDC_CLIENT_ID": settings.oidc_client_id,
-            "ASC_OIDC_USERNAME": settings.oidc_username,
-            "ASC_OIDC_TOKEN_URL": settings.oidc_token_url,
-            "ASC_STEP_CA_URL": settings.step_ca_url,
-            "ASC_STEP_FINGERPRINT": settings.step_fingerprint,
-        }
-        return [name for name, value in needed.items() if value is None]
+        needed = ("oidc_client_id", "oidc_username", "oidc_token_url", "step_ca_url", "step_fingerprint")
+        return [f"ASC_{name.upper()}" for name in needed if getattr(self.settings, name) is None]
 
     @property
     def no_asc_settings(self) -> bool:

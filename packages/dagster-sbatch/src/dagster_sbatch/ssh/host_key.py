@@ -252,13 +252,10 @@ def _site_authorities(known: KnownHosts, names: list[str]) -> list[Entry]:
 def _certificate_problem(certificate: Certificate, host: str, authorities: list[Entry]) -> str:
     """Return why a host certificate is not trusted for a name; empty if it is."""
     expired = certificate.validity_problem(clock.now())
-    options = ", ".join(certificate.critical_options)
+    options, signers = ", ".join(certificate.critical_options), [entry.key for entry in authorities]
     problems = (
         (not authorities, "no authority is known for its certificate"),
-        (
-            certificate.authority not in [entry.key for entry in authorities],
-            "its certificate is signed by another authority than the known one",
-        ),
+        (certificate.authority not in signers, "its certificate is signed by another authority than the known one"),
         (certificate.signature_problem, f"its certificate {certificate.signature_problem}"),
         (not certificate.for_host, "its certificate is a user's, not a host's"),
         (host.lower() not in certificate.principals, f"its certificate is not for the name {host}"),
