@@ -12,7 +12,7 @@ from playwright.sync_api import expect
 
 from slurm_in_a_box import SimulatedSite
 from support import ROOT, access
-from support.browser import open_ui, take
+from support.browser import open_ui, take, visit
 from support.dagster_dev import DagsterDev, beside_location, wait_for
 
 pytestmark = pytest.mark.cluster
@@ -95,8 +95,7 @@ def test_the_sensor_brings_access_to_life_and_an_asset_logs_in(
     )
     assert "the next refresh is due at" in skipped
     with open_ui(dagster_dev.url) as page:
-        page.goto("/assets/musica_access")
-        expect(page.get_by_text("certificate_hours", exact=True)).to_be_visible()
+        visit(page, "/assets/musica_access", "certificate_hours")
         expect(page.get_by_text("app_password_hours", exact=True)).to_be_visible()
         take(page, "musica-access.png", tmp_path)
         page.get_by_text("Plots", exact=True).click()

@@ -38,6 +38,20 @@ def open_ui(url: str) -> Iterator[Page]:
         browser.close()
 
 
+def visit(page: Page, path: str, text: str) -> None:
+    """Open a page, and wait until it shows a text; open it anew if it does not.
+
+    On a busy machine, Dagster's page may know an asset and not its code location: it calls it external, and stays so.
+    """
+    for _ in range(2):
+        page.goto(path)
+        with suppress(PageTimeoutError):
+            page.get_by_text(text, exact=True).first.wait_for(timeout=PATIENCE / 2)
+            return
+    page.goto(path)
+    expect(page.get_by_text(text, exact=True).first).to_be_visible()
+
+
 def expect_partitions(page: Page, asset: str, selected: str, **numbers: int) -> None:
     """Open the partitions of an asset, with one selected, and wait until the page shows how many are in a state.
 
