@@ -137,6 +137,7 @@ def open_runs(
 
     gateway = make_gateway(settings, site, stop, note)
     limit = threading.Timer(seconds or threading.TIMEOUT_MAX, stop.set)
+    limit.daemon = True  # an interrupt may come before the `try`
     limit.start()
     try:
         yield Runs(gateway, settings)
