@@ -1,6 +1,7 @@
 """Forked runs in a real `dagster dev`: what webserver, daemon and run monitoring make of them."""
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import chdir
@@ -108,13 +109,15 @@ def test_after_a_power_cut_history_is_kept_and_a_run_that_was_not_forked_is_retr
     assert server.wait(done) == "SUCCESS"
     stored = server.materializations("waiter")
     go.unlink()
-    launcher.chmod(0o755)  # then no fork server is asked
+    os.kill(int((server.data_root / done).read_text().split()[1]), signal.SIGKILL)
+    shutil.rmtree(launcher)
+    launcher.touch()  # then no other fork server can be started
     run_id = server.launch("waiter", location="waiting")
     path = server.data_root / run_id
     wait_for(lambda: path.exists() and path.read_text(), 90, f"run {run_id} waits")
     pid, parent = map(int, path.read_text().split())
     assert "fork_server.py" not in " ".join(psutil.Process(parent).cmdline())
-    launcher.chmod(0o700)
+    launcher.unlink()
     server.kill()
     wait_for(lambda: gone(pid), 60, "the run has been killed, too")
     server.start()

@@ -16,7 +16,6 @@ from dagster_sbatch.run_launcher.fork_server import LOG
 from local import forked_jobs
 from support.dagster_dev import gone, wait_for
 
-LONG = "a-folder-whose-name-is-so-long-that-no-socket-fits-in-" * 3
 STATUS = dg.DagsterRunStatus
 JOBS = Path(forked_jobs.__file__)
 
@@ -26,7 +25,7 @@ class Runs:
 
     def __init__(self, instance: dg.DagsterInstance, folder: Path) -> None:
         self.instance, self.folder, self.reports = instance, folder, folder / "reports"
-        self.base = folder / LONG
+        self.base = folder / "launcher"
 
     def new(self, name: str, python: str = sys.executable) -> str:
         """The id of a run that is about to be launched."""
@@ -93,7 +92,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runs]:
     monkeypatch.setenv("A_SECRET", "of-nobody's-business")
     monkeypatch.syspath_prepend(str(JOBS.parents[1]))
     monkeypatch.setenv("PYTHONPATH", str(JOBS.parents[1]))
-    config = {"module": "dagster_sbatch", "class": "ForkingRunLauncher", "config": {"base_dir": str(tmp_path / LONG)}}
+    config = {"module": "dagster_sbatch", "class": "ForkingRunLauncher", "config": {"base_dir": f"{tmp_path}/launcher"}}
     with dg.instance_for_test(overrides={"run_launcher": config}, temp_dir=str(tmp_path)) as instance:
         made = Runs(instance, tmp_path)
         yield made

@@ -1,17 +1,14 @@
-"""The client of fork servers, which finds or starts the one that fits and asks it for a process; a run's process."""
+"""The fork servers of a Dagster process, which starts them and asks them for the processes of runs; a run's process."""
 
-import fcntl
-import hashlib
 import json
 import os
-import shlex
 import signal
 import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+import weakref
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +21,6 @@ ANSWER_SECONDS = 100.0
 """Within which a fork server answers, the time to start it included. Dagster gives a run 180 s to start."""
 ATTEMPTS = 3  # at an answer: a server may have ended, or have retired because of new code, between two requests
 UNFIT_SECONDS = 300.0  # before a server is started again, after one that could never fork
-SUFFIX = ".socket"
 PROC = Path("/proc")
 KILL_SECONDS = 5.0
 """Within which a killed process ends, unless it waits for a disk; it executes nothing more in any case."""
@@ -109,15 +105,18 @@ class ForkedProcess:
 
 
 class ForkServers:
-    """The fork servers of a folder.
+    """The fork servers that this process has started.
 
-    A server is shared by the Dagster processes that have the same variables, working directory and process group: its
-    runs get these, and with the group also the terminal's Ctrl-C.
+    A server has the variables, the working directory and the process group that this process has when it starts one.
+    Its runs get these, and with the group also the terminal's Ctrl-C. So another server is started if they change.
     """
 
     def __init__(self, folder: Path) -> None:
+        """`folder`: of their log."""
         self._folder = folder
-        self._unfit: dict[str, tuple[float, str]] = {}
+        self._lock = threading.Lock()  # threads that launch runs at once share a server
+        self._controls: dict[object, socket.socket] = {}  # to each server
+        self._unfit: dict[object, tuple[float, str]] = {}
 
     def fork(self, executable: str, run_id: str, arguments: str) -> ForkedProcess:
         """Return a new process that waits to execute a run.
@@ -130,7 +129,9 @@ class ForkServers:
         for _ in range(ATTEMPTS):
             try:
                 with ExitStack() as closed:
-                    connection = closed.enter_context(self._connect(executable))
+                    connection, theirs = map(closed.enter_context, socket.socketpair())
+                    self._send(executable, theirs)
+                    theirs.close()
                     connection.settimeout(ANSWER_SECONDS)
                     connection.sendall(request)
                     if process := self._read_process(executable, connection):
@@ -149,87 +150,40 @@ class ForkServers:
         """Return the process that a server has forked; None if it has ended. Remember a server that cannot fork."""
         answer = fork_server.read_line(connection).strip()
         if not answer.isdigit():
-            self._unfit[_name(executable)] = time.monotonic() + UNFIT_SECONDS, answer
+            self._unfit[_key(executable)] = time.monotonic() + UNFIT_SECONDS, answer
             raise OSError(answer)
         return RunProcess.find(int(answer))
 
-    def _connect(self, executable: str) -> socket.socket:
-        """Return a connection to the server for this process; start the server if there is none.
+    def _send(self, executable: str, connection: socket.socket) -> None:
+        """Send a server the other end of a connection; start the server if there is none, or if it has ended.
 
-        Raises OSError: there is no such Python, or others can enter the folder, or the last server could not fork.
+        Raises OSError: there is no such Python, the folder cannot be made, or the last server could not fork.
         """
-        name = _name(executable)
-        until, why = self._unfit.get(name, (0.0, ""))
+        key = _key(executable)
+        until, why = self._unfit.get(key, (0.0, ""))
         if time.monotonic() < until:
             raise OSError(why)
-        with self._opened() as folder:
-            path = _path(folder, name)
-            with suppress(FileNotFoundError, ConnectionRefusedError):
-                return _connected(path)
-            with (self._folder / "lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # two Dagster processes start one server
-                with suppress(FileNotFoundError, ConnectionRefusedError):
-                    return _connected(path)
-                self._remove_dead(folder)
-                self._start(executable, name, path)
-                return _connected(path)
+        with self._lock:
+            try:
+                socket.send_fds(self._controls[key], [b"."], [connection.fileno()])
+            except (KeyError, ConnectionError):
+                self._controls[key] = self._start(executable)
+                socket.send_fds(self._controls[key], [b"."], [connection.fileno()])
 
-    @contextmanager
-    def _opened(self) -> Iterator[int]:
-        """Yield a descriptor of the folder, made if it is missing; refuse one that another user can enter or owns."""
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            about = os.fstat(descriptor)
-            if about.st_uid != os.geteuid() or about.st_mode & 0o077:
-                raise PermissionError(
-                    f"other users can enter {self._folder}. If the folder is only for fork servers, close it:\n"
-                    f"  chmod 700 {shlex.quote(str(self._folder))}\n"
-                    "Otherwise name another folder as base_dir of the run_launcher in dagster.yaml"
-                )
-            yield descriptor
-        finally:
-            os.close(descriptor)
-
-    def _remove_dead(self, folder: int) -> None:
-        """Remove the sockets of servers that were killed."""
-        for each in self._folder.glob(f"*{SUFFIX}"):
-            with socket.socket(socket.AF_UNIX) as probe:
-                probe.settimeout(0)
-                try:
-                    probe.connect(_path(folder, each.name))
-                except ConnectionRefusedError:
-                    each.unlink(missing_ok=True)
-                except (BlockingIOError, FileNotFoundError):  # busy; gone since
-                    pass
-
-    def _start(self, executable: str, name: str, path: str) -> None:
-        """Start a server on a new socket. Requests can be sent at once; they wait until it has imported Dagster."""
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(path)
-            listener.listen(128)
-            number = listener.fileno()
-            command = [executable, fork_server.__file__, str(number), str(self._folder), name]
+    def _start(self, executable: str) -> socket.socket:
+        """Start a server, and return the connection to it. What is sent at once waits until it has imported Dagster."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        control, theirs = socket.socketpair()
+        weakref.finalize(self, control.close)  # then the server ends with its last run
+        control.settimeout(ANSWER_SECONDS)
+        with theirs:
+            number = theirs.fileno()
+            command = [executable, fork_server.__file__, str(number), str(self._folder)]
             server = subprocess.Popen(command, pass_fds=[number], env=dict(os.environ), stdin=subprocess.DEVNULL)
         threading.Thread(target=server.wait, daemon=True).start()  # reaps the server, which may outlive this process
+        return control
 
 
-def _path(folder: int, name: str) -> str:
-    """Return a path of a socket in an open folder that is short enough: at most 107 bytes, whatever the folder's is."""
-    return f"/proc/self/fd/{folder}/{name}"
-
-
-def _connected(path: str) -> socket.socket:
-    connection = socket.socket(socket.AF_UNIX)
-    try:
-        connection.connect(path)
-    except BaseException:
-        connection.close()
-        raise
-    return connection
-
-
-def _name(executable: str) -> str:
-    """Return the name of the socket for this process; it shows none of the variables."""
-    shared = [executable, str(Path.cwd()), os.getpgrp(), sorted(os.environ.items())]
-    return hashlib.sha256(json.dumps(shared).encode()).hexdigest()[:16] + SUFFIX
+def _key(executable: str) -> object:
+    """Return what the runs of one server have in common."""
+    return executable, Path.cwd(), os.getpgrp(), tuple(sorted(os.environ.items()))

@@ -10,9 +10,10 @@ belong to one run. When a file that the server has imported changes, it retires,
 
 It has one thread and no open database when it forks: a child would have neither the other threads nor their locks.
 
-    fork_server.py LISTENER FOLDER NAME
+    fork_server.py CONTROL FOLDER
 
-LISTENER is the number of a listening socket, which is NAME in FOLDER. A request is a line of JSON. The answer is a line
+CONTROL is the number of a socket, over which the Dagster process that has started the server sends it a connection for
+each run, and which ends with that process. FOLDER is that of the log. A request is a line of JSON. The answer is a line
 from the new process: its pid; or from a server that can never fork: the reason. The process executes the run when the
 client says BEGIN, and ends if the client closes the connection instead.
 """
@@ -26,7 +27,6 @@ import os
 import select
 import signal
 import socket
-import struct
 import sys
 import tempfile
 import time
@@ -75,13 +75,12 @@ class Server:
 
     execute: Callable[[], None]  # the console command `dagster`, once `warm_up` has imported it
 
-    def __init__(self, listener: socket.socket, folder: Path, name: str) -> None:
+    def __init__(self, control: socket.socket, folder: Path) -> None:
         self.runs: dict[int, dict[str, str]] = {}  # the id of the run and its arguments, by the pid of its process
-        self._listener: socket.socket | None = listener
-        self._socket, self._log_file = folder / name, folder / LOG
+        self._control: socket.socket | None = control
+        self._log_file = folder / LOG
         self._versions: list[tuple[bytes, object]] = []
-        self._inode = self._socket.stat().st_ino
-        self._starter, self._stopping, self._idle_since = os.getppid(), False, time.monotonic()
+        self._stopping, self._idle_since = False, time.monotonic()
         self._streams = os.dup(1), os.dup(2)
         self._open_log()
         self._wake_read, self._wake_write = os.pipe()
@@ -115,7 +114,7 @@ class Server:
     def serve(self) -> "dict[str, str] | None":
         """Fork until this server retires and all its runs have ended; in a new process, return its request."""
         while not self._over():
-            watched: list[Any] = [self._wake_read, *([self._listener] if self._listener else [])]
+            watched: list[Any] = [self._wake_read, *([self._control] if self._control else [])]
             ready, _, _ = select.select(watched, [], [], LOOK_SECONDS)
             if self._wake_read in ready:
                 with contextlib.suppress(BlockingIOError):
@@ -123,8 +122,8 @@ class Server:
             self._reap()
             if self._stopping:
                 self._retire("it was asked to end")
-            elif self._listener and self._listener in ready:
-                request = self._fork(self._listener)
+            elif self._control and self._control in ready:
+                request = self._fork(self._control)
                 if request:
                     return request
         self.log("ended")
@@ -153,38 +152,25 @@ class Server:
         """Return whether there is nothing left to do."""
         if self.runs:
             self._idle_since = time.monotonic()
-            return False
-        if self._listener is not None:
-            if os.getppid() != self._starter:
-                self._retire("the process that has started it is gone, and no run is left")
-            elif time.monotonic() - self._idle_since > IDLE_SECONDS:
-                self._retire(f"no run for {IDLE_SECONDS:.0f} s")
-            elif not self._owns_socket():
-                self._retire("its socket is gone")
-        return self._listener is None
+        elif self._control and time.monotonic() - self._idle_since > IDLE_SECONDS:
+            self._retire(f"no run for {IDLE_SECONDS:.0f} s")
+        return not (self.runs or self._control)
 
     def _retire(self, why: str) -> None:
-        """Accept no more requests: clients whose request is not answered yet ask another server."""
-        if self._listener is None:
-            return
-        if self._owns_socket():
-            self._socket.unlink()
-        self._listener.close()
-        self._listener = None
-        self.log(f"retires: {why}; runs left: {len(self.runs)}")
+        """Accept no more requests: clients whose request is not answered yet start another server."""
+        if self._control:
+            self._control.close()
+            self._control = None
+            self.log(f"retires: {why}; runs left: {len(self.runs)}")
 
-    def _owns_socket(self) -> bool:
-        try:
-            return self._socket.stat().st_ino == self._inode
-        except OSError:
-            return False
-
-    def _fork(self, listener: socket.socket) -> "dict[str, str] | None":
+    def _fork(self, control: socket.socket) -> "dict[str, str] | None":
         """Answer a client by a new process; return the request there, None in the server."""
-        connection, _ = listener.accept()
+        descriptors = socket.recv_fds(control, 1, 1)[1]
+        if not descriptors:
+            self._retire("the process that has started it is gone")
+            return None
+        connection = socket.socket(fileno=descriptors[0])
         try:
-            if _user_of(connection) != os.geteuid():
-                return None
             connection.settimeout(REQUEST_SECONDS)
             request: dict[str, str] = json.loads(read_line(connection))
             fresh = not self._versions
@@ -198,7 +184,7 @@ class Server:
                 return None
             pid = os.fork()
             if pid == 0:
-                self._become_run(connection, listener)
+                self._become_run(connection, control)
                 return request
             self.runs[pid] = request
             self.log(f"run {request['run_id']} has process {pid}")
@@ -208,14 +194,14 @@ class Server:
             connection.close()
         return None
 
-    def _become_run(self, connection: socket.socket, listener: socket.socket) -> None:
+    def _become_run(self, connection: socket.socket, control: socket.socket) -> None:
         """In the new process: be like one that Dagster has started, and wait for the client. It may end here."""
         try:
             _reset_signals()
             for number, stream in enumerate(self._streams, 1):
                 os.dup2(stream, number)
                 os.close(stream)
-            for descriptor in (listener.detach(), self._wake_read, self._wake_write):
+            for descriptor in (control.detach(), self._wake_read, self._wake_write):
                 os.close(descriptor)
             gc.enable()
             connection.sendall(b"%d\n" % os.getpid())
@@ -249,11 +235,11 @@ class Server:
                     self._become_reporter(request, pid, code)
 
     def _become_reporter(self, request: "dict[str, str]", pid: int, code: int) -> None:
-        """In a new process: report a crash, and end. Without the listener: a client would wait for this process."""
+        """In a new process: report a crash, and end. Without the control: a client would wait for this process."""
         try:
             _reset_signals()
-            if self._listener:
-                self._listener.close()
+            if self._control:
+                self._control.close()
             self.log(f"run {request['run_id']}: {_report_crash(request, pid, code)}")
         except BaseException as error:  # noqa: BLE001 - no code of the server may run in this process after this
             self.log(f"run {request['run_id']}: the end of process {pid} cannot be reported: {error!r}")
@@ -346,17 +332,10 @@ def _version(file: bytes) -> "tuple[int, int, int] | None":
     return about.st_mtime_ns, about.st_size, about.st_ino
 
 
-def _user_of(connection: socket.socket) -> int:
-    """Return the user id of the process on the other side."""
-    about = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    return int(struct.unpack("3i", about)[1])
-
-
 def main() -> None:
     """Serve; in the process of a run, execute it and exit as the command `dagster` does."""
     sys.path[0] = str(Path.cwd())  # as `python -m dagster` has it, in place of this file's folder
-    listener = socket.socket(fileno=int(sys.argv[1]))
-    server = Server(listener, Path(sys.argv[2]), sys.argv[3])
+    server = Server(socket.socket(fileno=int(sys.argv[1])), Path(sys.argv[2]))
     request = server.serve()
     if request:
         sys.argv = ["dagster", "api", "execute_run", request["arguments"]]

@@ -36,8 +36,8 @@ class ForkingRunLauncher(dg.DefaultRunLauncher):
     runs on this machine whose process is gone, whatever has started them.
 
     Args:
-        base_dir: folder on a local disk for the sockets and the log of the fork servers; only its owner can enter it.
-            A relative one counts from Dagster's working directory, as in Dagster's other settings.
+        base_dir: folder for the log of the fork servers. A relative one counts from Dagster's working directory, as in
+            Dagster's other settings.
         fork: false: every run is started as by Dagster's DefaultRunLauncher.
 
     Example:
