@@ -153,7 +153,6 @@ def test_commands(slurm_site: SimulatedSite, capfd: pytest.CaptureFixture[str], 
     code, dotenv = sim("env")
     assert code == 0
     assert f"SLURM_EDGE_NODE_HOST={slurm_site.login.address}\n" in dotenv
-    (tmp_path / ".ssh").mkdir()
     command = dotenv.splitlines()[1].removeprefix("#")
     subprocess.run(["/bin/sh", "-c", command], env={"HOME": str(tmp_path), "PATH": os.defpath}, check=True)
     assert (tmp_path / ".ssh" / "known_hosts").read_bytes() == slurm_site.login.known_hosts.read_bytes()

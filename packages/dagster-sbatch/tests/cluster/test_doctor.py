@@ -73,6 +73,11 @@ def test_production_without_anything_published(set_variables: Set) -> None:
     assert broken("environment").fix == "scripts/deploy_environment.py"
 
 
+def test_a_python_of_the_user_that_lacks_the_packages(set_variables: Set) -> None:
+    set_variables(SLURM_PYTHON="/usr/bin/python3")
+    assert "SLURM_PYTHON=/usr/bin/python3 cannot import dagster_pipes" in broken("environment").found
+
+
 def test_a_shell_of_another_kind_is_no_hindrance(site: SimulatedSite, set_variables: Set, tmp_path: Path) -> None:
     site.mint_certificate(tmp_path / "id_tcsh", TCSH_USER)
     set_variables(

@@ -163,7 +163,7 @@ def _login(options: argparse.Namespace) -> int:
 def _env(options: argparse.Namespace) -> int:
     site = SimulatedSite.running(options.name)
     print("# Test values for the simulated site. Let SSH trust its host keys:")
-    print(f"#   cat {shlex.quote(str(site.login.known_hosts))} >>~/.ssh/known_hosts")
+    print(f"#   mkdir -p ~/.ssh; cat {shlex.quote(str(site.login.known_hosts))} >>~/.ssh/known_hosts")
     for name, value in site.environment().items():
         print(f"{name}={value}")
     return 0

@@ -154,12 +154,12 @@ class Environments:
         self._gateway, self._site = gateway, site
         self._folder = f"{base}/environments"
 
-    def check_interpreter(self, python: str) -> None:
-        """Check that an interpreter that an asset names can run workloads; make nothing.
+    def check_interpreter(self, spec: EnvironmentSpec) -> None:
+        """Check that SLURM_PYTHON, or the interpreter that an asset names, can run workloads; make nothing.
 
-        Raises RefusedError: it does not run on the login node, is too old, or cannot import dagster_pipes.
+        Raises RefusedError: it does not run on the login node, is too old, or cannot import `spec.modules`.
         """
-        self._ask("building.check_interpreter", **self._describe(EnvironmentSpec(Code(Path(), {}), None, python)))
+        self._ask("building.check_interpreter", **self._describe(spec))
 
     def request_find(self, spec: EnvironmentSpec) -> dict[str, Any]:
         """Return the request of `compare`."""

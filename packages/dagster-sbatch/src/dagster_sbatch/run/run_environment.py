@@ -88,14 +88,12 @@ class RunEnvironment:
         """
         if self._settings.deployment == "production_supercomputer":
             self._find_published()
-        environment = self._plan.environment
-        if environment and is_path(environment):
-            self._environments.check_interpreter(environment)
+        if is_path(self._plan.environment):
+            self._environments.check_interpreter(self._spec)
 
     @property
     def _group(self) -> str:
-        environment = self._plan.environment
-        return DEFAULT if environment is None or is_path(environment) else environment
+        return DEFAULT if is_path(self._plan.environment) else self._plan.environment or DEFAULT
 
     def _find_published(self, answer: Mapping[str, Any] | None = None) -> Published:
         """Return what production runs for the group of the asset, which must be published; `answer`: see `find`."""

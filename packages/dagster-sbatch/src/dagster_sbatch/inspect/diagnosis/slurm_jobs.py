@@ -83,9 +83,11 @@ def check_environment(facts: Facts) -> Finding:
         specs = read_specs(facts.project, settings)
     except ConfigurationError as error:
         return broken(str(error), "do what the error says")
-    if settings.deployment != "production_supercomputer":
-        return ok(f"a run on {settings.deployment} makes its own")
     environments = Environments(facts.runs.gateway, str(settings.deployment_base_path), facts.site)
+    if settings.deployment != "production_supercomputer":
+        if settings.python:
+            environments.check_interpreter(specs[DEFAULT])
+        return ok(f"a run on {settings.deployment} makes its own")
     published = {group: there for group in specs if (there := environments.published(group))}
     if DEFAULT not in published:
         return broken("nothing has been published: runs are refused", publish)
