@@ -18,6 +18,7 @@ ENGINE_DOCS = ROOT / "packages" / "dagster-sbatch" / "docs"
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
+    ROOT / "scripts" / "_skeleton" / "README.md",
     *sorted(ROOT.glob("packages/*/docs/*.md")),
     *sorted(ROOT.glob("packages/*/README.md")),
 ]

@@ -7,6 +7,7 @@ the certificate once; that of a sensor's tick is the look at the files; that of 
 given a token that a bare request fetched; that of a connection is OpenSSH's `ssh`.
 """
 
+import argparse
 import os
 import shutil
 import statistics
@@ -33,6 +34,7 @@ SITE_NAME = "benchmark"
 
 def main() -> None:
     """Measure and print the table."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     SimulatedSite.down(SITE_NAME)
     site = SimulatedSite.up(SITE_NAME, install=True)
     with TemporaryDirectory() as home:

@@ -1,6 +1,6 @@
 """Measure the time from a Ray job's start to its first task on every node. On the simulated site, as root.
 
-usage, in packages/dagster-sbatch: ../../.venv/bin/python -m benchmarks.ray [ROUNDS]
+    ../../.venv/bin/python -m benchmarks.ray [--rounds 3]
 
 Each round measures four ways in turn, with 1, 2 and 4 nodes of two CPUs; compare the ratios. "bare" is the floor: a
 parallel start without any check, as in the scripts that people write. "documented" is the sbatch script of Ray's
@@ -8,9 +8,9 @@ documentation, which sleeps. "symmetric" is `ray symmetric-run`, which always st
 The target for "ours" is 0.85 of "bare".
 """
 
+import argparse
 import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -157,7 +157,9 @@ class Bench:
 
 def main() -> None:
     """Measure, and print the table; exit with 1 if a job failed."""
-    rounds = int(sys.argv[1]) if sys.argv[1:] else 3
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of all ways (default: 3)")
+    rounds = parser.parse_args().rounds
     SimulatedSite.down(SITE_NAME)
     bench = Bench(SimulatedSite.up(SITE_NAME, install=True))
     ways = {
