@@ -42,7 +42,7 @@ def main() -> None:
             rank, count = collective.get_rank(), collective.get_world_size()
             booster = train(pipes, device, training, held_out)
         if rank == 0:  # the others are done
-            _, metadata = evaluation.publish(pipes, booster, training, held_out)
+            _, metadata = evaluation.publish(pipes, "delay_forest", booster, training, held_out)
             metadata |= {"trees": ROUNDS * FOREST["num_parallel_tree"], "ranks": count}
             metadata |= {"device": device.partition(":")[0], "seconds": round(time.monotonic() - begun, 2)}
             pipes.report_asset_materialization(metadata=metadata)

@@ -50,7 +50,7 @@ def main() -> None:
         training = storage.read_features(evaluation.TRAINING_MONTHS + evaluation.VALIDATION_MONTHS)
         held_out = storage.read_features(evaluation.HELD_OUT_MONTHS)
         booster = xgb.train(parameters, evaluation.dmatrix(training), rounds)
-        probability, metadata = evaluation.publish(pipes, booster, training, held_out)
+        probability, metadata = evaluation.publish(pipes, "delay_model", booster, training, held_out)
         metadata |= {
             "seconds": round(time.monotonic() - begun, 2),
             "calibration": reporting.picture(calibration_picture(held_out[LABEL], probability), "calibration"),

@@ -1,5 +1,8 @@
 """The example's own calculations."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +10,7 @@ import pandas as pd
 import pytest
 
 from delay_sweep import Trials, sample_parameters
+from support import ROOT
 
 from flight_delays import evaluation, source, storage
 from flight_delays.features import FEATURES, LABEL, build_features
@@ -72,6 +76,20 @@ def test_missing_features_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path_fa
 )
 def test_auc(score: list[int], wanted: float) -> None:
     assert evaluation.auc(pd.Series([0, 0, 1, 1]), np.array(score)) == wanted
+
+
+def test_it_runs_without_dagster(january: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As docs/testing.md says; it writes where its asset does."""
+    monkeypatch.setenv("DATA_ROOT", str(tmp_path))
+    table = build_features(january).sample(200, random_state=1)
+    for month in evaluation.TRAINING_MONTHS + evaluation.VALIDATION_MONTHS + evaluation.HELD_OUT_MONTHS:
+        storage.write_table(storage.features_file(month), table)
+    storage.trials_file().parent.mkdir()
+    storage.trials_file().write_text(json.dumps([{**sample_parameters(1)[0], "rounds": 2}]))
+    program = ROOT / "musica_pipelines" / "workloads" / "delay_model.py"
+    subprocess.run([sys.executable, program], check=True)
+    assert storage.model_file("delay_model").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"delay_features", "delay_model", "delay_sweep"}
 
 
 def test_no_month_is_used_twice() -> None:

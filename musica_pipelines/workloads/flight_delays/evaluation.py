@@ -62,10 +62,10 @@ def baseline_auc(training: pd.DataFrame, judged: pd.DataFrame) -> float:
 
 
 def publish(
-    pipes: PipesContext, booster: xgb.Booster, training: pd.DataFrame, held_out: pd.DataFrame
+    pipes: PipesContext, asset: str, booster: xgb.Booster, training: pd.DataFrame, held_out: pd.DataFrame
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Save this asset's model and report its check; the predictions for the held-out flights, and metadata."""
-    path = storage.model_file(pipes.asset_key)
+    """Save the model of an asset and report its check; the predictions for the held-out flights, and metadata."""
+    path = storage.model_file(asset)  # `pipes.asset_key` is known only in a run of Dagster
     storage.write_atomically(path, lambda part: part.write_bytes(booster.save_raw("ubj")))
     probability = booster.predict(dmatrix(held_out))
     found, baseline = auc(held_out[LABEL], probability), baseline_auc(training, held_out)
