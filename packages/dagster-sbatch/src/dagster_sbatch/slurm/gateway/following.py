@@ -100,6 +100,15 @@ class _Followed:
         tasks = {"tasks": list(self.left), "followed": list(self.job.tasks), "offsets": self.offsets}
         return {"do": "jobs.run", "fields": ",".join(ACCOUNTED), **run, **tasks}
 
+    def count(self, head: Mapping[str, Any], data: bytes) -> None:
+        """Count bytes of a file that have come. AgainError: they do not follow those that came before."""
+        name, at, offsets = head["file"], head["at"], self.offsets.setdefault(head["task"], {})
+        come, last = offsets.get(name, (0, ""))
+        if at not in (0, come):  # 0: a program has emptied the file
+            raise AgainError(f"{name} came from byte {at}, not {come}")
+        end = at + len(data)
+        offsets[name] = end, last_of(last.encode("latin-1"), data, end).decode("latin-1")
+
 
 def follow_jobs(link: Link, handler: JobHandler, follower: str) -> None:
     """Submit jobs and follow their tasks, until `take` returns no further job and all are over.
@@ -136,7 +145,9 @@ def _follow(link: Link, handler: JobHandler, active: dict[str, _Followed], follo
     for which, head, data in link.exchange(requests):
         followed = active[runs[which]]
         if "file" in head:
-            _pass_on(handler, followed, head, data)
+            followed.count(head, data)
+            if sink := handler.sinks(runs[which], head["task"]).get(head["file"]):
+                sink(data)
             continue
         if _report(handler, followed, head):
             if "refused" in head or "over" in head:
@@ -146,19 +157,6 @@ def _follow(link: Link, handler: JobHandler, active: dict[str, _Followed], follo
             link.on_trouble(head["trouble"])
         if not active or handler.request_before():
             return
-
-
-def _pass_on(handler: JobHandler, followed: _Followed, head: Mapping[str, Any], data: bytes) -> None:
-    """Pass on what a task has written, if it follows what came before."""
-    name, at, task = head["file"], head["at"], head["task"]
-    offsets = followed.offsets.setdefault(task, {})
-    come, last = offsets.get(name, (0, ""))
-    if at not in (0, come):  # 0: a program has emptied the file
-        raise AgainError(f"{name} came from byte {at}, not {come}")
-    end = at + len(data)
-    offsets[name] = end, last_of(last.encode("latin-1"), data, end).decode("latin-1")
-    if sink := handler.sinks(followed.job.run, task).get(name):
-        sink(data)
 
 
 def _report(handler: JobHandler, followed: _Followed, head: Mapping[str, Any]) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from dagster_sbatch.auth import AccessError
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.slurm.gateway.answers import LostClaimError, RefusedError, RemovedError, StoppedError
-from dagster_sbatch.slurm.gateway.channel import Channel, Frame, NoPythonError, OpenChannel
+from dagster_sbatch.slurm.gateway.channel import Channel, NoPythonError, OpenChannel
 from dagster_sbatch.ssh import AuthenticationError, SshError, UnreachableError
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 60.0
@@ -123,13 +123,24 @@ class Link:
                     raise StoppedError
                 for request in requests[len(idents) :]:
                     idents.append(channel.send(b"" if idents else data, **request))
-                frame = self._receive(channel)
-                if frame is None or frame[0]["id"] not in idents:
+                frame = channel.receive()
+                self._let_in = monotonic()
+                if frame is None:
                     continue
-                if "error" in frame[0]:
-                    raise _ERRORS.get(frame[0]["error"], _TemporaryError)(frame[0]["text"])
-                self._advanced |= bool(frame[1] or data)
-                yield idents.index(frame[0]["id"]), *frame
+                self._had_agent, (head, content) = True, frame
+                if self.blocked:
+                    self.blocked = False
+                    self._on_recovered()
+                if head["id"] == self._hold and "held" in head:
+                    raise LostClaimError(head["held"])
+                if head["id"] == self._hold and "error" in head:
+                    raise OSError(head["text"])  # without the claim, this connection is of no use
+                if head["id"] not in idents:
+                    continue
+                if "error" in head:
+                    raise _ERRORS.get(head["error"], _TemporaryError)(head["text"])
+                self._advanced |= bool(content or data)
+                yield idents.index(head["id"]), head, content
         except (OSError, EOFError, UnreachableError) as error:
             raise AgainError(str(error)) from error
         except NoPythonError as error:
@@ -211,20 +222,17 @@ class Link:
     def _wait(self, seconds: float) -> None:
         """Wait before the next try; an open connection is kept alive, and what comes over it is dropped."""
         until = monotonic() + seconds
-        while True:
-            if self._channel:
-                try:
-                    self._receive(self._channel)
-                except (OSError, EOFError, UnreachableError):
-                    self.close()
-            many = len(self._opened) == MOST_LOGINS and monotonic() - self._opened[0] < LOGINS_SECONDS
-            if many and not self._channel:
-                until = max(until, self._opened[-1] + LONGEST_PAUSE)
-            left = until - monotonic()
-            if self.stop.wait(0 if self._channel else max(left, 0)):
-                raise StoppedError
-            if left <= 0:
-                return
+        if self._channel:
+            try:
+                for _ in self.exchange([], until=until):
+                    pass
+            except AgainError:
+                self.close()
+        many = len(self._opened) == MOST_LOGINS and monotonic() - self._opened[0] < LOGINS_SECONDS
+        if many and not self._channel:
+            until = max(until, self._opened[-1] + LONGEST_PAUSE)
+        if self.stop.wait(max(until - monotonic(), 0)):
+            raise StoppedError
 
     # The connection
 
@@ -236,17 +244,3 @@ class Link:
             self._channel.on_trouble = self.on_trouble
             self._hold = self._channel.send(do="claims.hold", **self.claimed) if self.claimed else -1
         return self._channel
-
-    def _receive(self, channel: Channel) -> Frame | None:
-        """Return the next frame, if it comes soon, and note what it says of the connection and the claim."""
-        frame = channel.receive()
-        self._had_agent |= frame is not None
-        self._let_in = monotonic()
-        if frame and self.blocked:
-            self.blocked = False
-            self._on_recovered()
-        if frame and frame[0]["id"] == self._hold and "held" in frame[0]:
-            raise LostClaimError(frame[0]["held"])
-        if frame and frame[0]["id"] == self._hold and "error" in frame[0]:
-            raise OSError(frame[0]["text"])  # without the claim, this connection is of no use
-        return frame
