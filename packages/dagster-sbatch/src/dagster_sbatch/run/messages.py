@@ -53,7 +53,11 @@ class Messages:
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in filter(None, lines):
             with self.error_kept():
-                self._read(line)
+                try:
+                    self.receive(_parse(line))
+                except (ValueError, TypeError, KeyError, AttributeError) as error:
+                    text = line[:200].decode(errors="replace")
+                    raise ValueError(f"not a Dagster Pipes message in {self.path}: {text!r}") from error
 
     def read_last_line(self) -> None:
         """Read what is left as a line: no more bytes come, and a program may end its last one without a newline."""
@@ -66,17 +70,6 @@ class Messages:
             yield
         except Exception as error:  # noqa: BLE001
             self.error = self.error or error
-
-    def _read(self, line: bytes) -> None:
-        try:
-            message: Any = json.loads(_replace_surrogates(line))
-            message["params"] = message.get("params") or {}
-            if not isinstance(message["method"], str) or not isinstance(message["params"], dict):
-                raise TypeError
-            self.receive(message)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            text = line[:200].decode(errors="replace")
-            raise ValueError(f"not a Dagster Pipes message in {self.path}: {text!r}") from error
 
     def receive(self, message: PipesMessage) -> None:
         """Deliver a message at once, or keep it."""
@@ -139,13 +132,17 @@ class Messages:
                 self.deliver(self.closed)
 
 
-def _replace_surrogates(line: bytes) -> str:
-    """Return a line of JSON as text, with U+FFFD for each half of a surrogate pair.
+def _parse(line: bytes) -> Any:
+    """Return a message, with U+FFFD for each half of a surrogate pair. ValueError, TypeError, KeyError: it is none.
 
     Programs write one for a byte that is not UTF-8. Dagster stores it, and its web server could not send it.
     """
     text = json.dumps(json.loads(line), ensure_ascii=False)
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    message: Any = json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    message["params"] = message.get("params") or {}
+    if not isinstance(message["method"], str) or not isinstance(message["params"], dict):
+        raise TypeError
+    return message
 
 
 def explain_failure(messages: Messages, exit_code: int, workload: str) -> str | None:

@@ -63,24 +63,20 @@ class Output(Lines):
         super().__init__()
         self._target, self._on_error = target, on_error
 
-    def show(self, text: str) -> None:  # noqa: D102 - see Lines
+    def show(self, text: str) -> None:
+        """Write UTF-8 in any locale, past the buffer: it would keep what a full disk refuses."""
+        if self._target is None:
+            return
         try:
-            if self._target:
-                self._write(self._target, text)
+            number, data = _file_of(self._target), text.encode(errors="replace")  # half of a surrogate pair
+            if number is None:
+                print(text, end="", file=self._target, flush=True)
+                return
+            self._target.flush()
+            while data:
+                data = data[os.write(number, data) :]
         except (OSError, ValueError) as error:  # ValueError: it was closed meanwhile
             self._on_error(error)
-
-    @staticmethod
-    def _write(target: TextIO, text: str) -> None:
-        """Write UTF-8 in any locale, past the buffer: it would keep what a full disk refuses."""
-        number = _file_of(target)
-        if number is None:
-            print(text, end="", file=target, flush=True)
-            return
-        target.flush()
-        data = text.encode(errors="replace")  # half of a surrogate pair
-        while data:
-            data = data[os.write(number, data) :]
 
 
 def _file_of(stream: TextIO) -> int | None:
