@@ -6,13 +6,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dagster_sbatch.children import child_environment
 from dagster_sbatch.run import supervisor
-from dagster_sbatch.slurm.gateway.agent.job_record import cause_of, last_of, read_on
+from dagster_sbatch.slurm.gateway.agent.job_record import Stream, cause_of
 
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL, when a run is terminated
@@ -54,15 +55,16 @@ class LocalProcess:
         environment: Mapping[str, str],
         folder: Path,
         sinks: Mapping[str, Callable[[bytes], None]],
+        turn: AbstractContextManager[Any] | None = None,
     ) -> None:
         """Start it, in a process group of its own.
 
         `environment`: all of the variables that it gets. `sinks`: functions that get the new bytes of the files in it,
-        by name.
+        by name, each time within `turn`, if there is one.
         """
-        self._folder, self._sinks = folder, sinks
+        self._folder, self._sinks, self._turn = folder, sinks, turn or nullcontext()
         (folder / WORK).mkdir()
-        self._read = dict.fromkeys(sinks, (0, b""))  # of each file: how many bytes are passed on, and the last of them
+        self._streams = [Stream(folder / name, name, holes=False) for name in sinks]
         with (folder / "stderr").open("ab") as stderr:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", str(supervisor.__file__), str(folder / "stdout"), *command],
@@ -89,21 +91,13 @@ class LocalProcess:
     def follow(self) -> bool:
         """Pass on some of what it has written; return whether it runs."""
         running = self._process.poll() is None
-        for name in self._sinks:
-            self._pass_on(name)
+        self._pass_on()
         return running
 
-    def _pass_on(self, name: str) -> bool:
-        """Pass on some bytes of a file, a CHUNK of the agent at most; return whether there were any."""
-        path, data, (at, last) = self._folder / name, b"", self._read[name]
-        if path.exists():
-            with path.open("rb") as file:
-                data, at = read_on(file.fileno(), at, last)
-        if data:
-            at += len(data)
-            self._read[name] = at, last_of(last, data, at)
-            self._sinks[name](data)
-        return bool(data)
+    def _pass_on(self) -> int:
+        """Pass on some bytes of each file, a CHUNK of the agent at most; return the number of files that had any."""
+        with self._turn:
+            return sum(each.pump(lambda data, file, **_: self._sinks[file](data), 1) for each in self._streams)
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal to its process group."""
@@ -122,9 +116,8 @@ class LocalProcess:
         self.wait(KILL_SECONDS)
         self.send(signal.SIGKILL)
         self._process.wait()
-        for name in self._sinks:
-            while self._pass_on(name):
-                pass
+        while self._pass_on():
+            pass
         assert self._process.stdout
         with self._process.stdout as report:
             code, _, seconds = report.read().partition(b" ")

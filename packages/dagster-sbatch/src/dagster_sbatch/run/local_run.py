@@ -147,19 +147,13 @@ class Machine:
         `context`: of Dagster Pipes, as JSON. `streams`: read what the process writes, each time within `turn`. `stop`:
         see `LocalProcess.run`.
         """
-
-        def feed(sink: Callable[[bytes], None], data: bytes) -> None:
-            with turn:
-                sink(data)
-
-        sinks = {name: partial(feed, sink) for name, sink in streams.sinks.items()}
         with ExitStack() as removed:
             try:
                 folder = Path(removed.enter_context(temporary_run_directory()))
                 (folder / CONTEXT).write_text(context)
                 (folder / CHECKS).write_text(self._checks)
                 environment = {**self._environment, **pipes_variables(str(folder))}
-                process = LocalProcess(self._command(folder), environment, folder, sinks)
+                process = LocalProcess(self._command(folder), environment, folder, streams.sinks, turn)
             except OSError as error:  # no memory, no space, too many processes
                 return Ended(NOT_STARTED, 0.0, f"its process could not be started: {error}")
             return process.run(stop)

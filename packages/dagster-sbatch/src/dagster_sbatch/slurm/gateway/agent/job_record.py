@@ -73,17 +73,18 @@ class Stream:
     """A file, what the client calls it, and the number of its bytes that are sent, with the last of them.
 
     An earlier agent may have sent them: `last` is what the client has of them, a text with a character for each byte.
+    `holes`: whether NUL bytes may stand for bytes that are not there yet.
     """
 
-    def __init__(self, path, name, at=0, last=""):
-        self.path, self.name, self.at, self.last = path, name, at, last.encode("latin-1")
+    def __init__(self, path, name, at=0, last="", holes=True):
+        self.path, self.name, self.at, self.last, self.holes = path, name, at, last.encode("latin-1"), holes
         self.hole = (0, 0)  # its size when NUL bytes were first seen, and the time
         # Until when this machine may not see all that was sent. No program empties the messages
         self.behind = time.time() + (float("inf") if name == MESSAGES else BEHIND) if last else 0
         self.seen, self.removed = at > 0, False  # whether it was there, and is not any more
 
-    def pump(self, say):
-        """Send what the file has beyond the offset; return the number of chunks."""
+    def pump(self, say, most=MOST_CHUNKS):
+        """Send what the file has beyond the offset, as far as this many chunks go; return their number."""
         try:  # opened each time: on NFS, only that shows what another machine has appended
             file = os.open(self.path, os.O_RDONLY)
         except FileNotFoundError:
@@ -91,7 +92,7 @@ class Stream:
             return 0
         self.seen, self.removed = True, False
         try:
-            for sent in range(MOST_CHUNKS):
+            for sent in range(most):
                 data, at = read_on(file, self.at, self.last, time.time() < self.behind)
                 if data is None:
                     return sent
@@ -104,14 +105,14 @@ class Stream:
                 say(data, file=self.name, at=self.at)
                 self.at += len(data)
                 self.last = last_of(self.last, data, self.at)
-            return MOST_CHUNKS
+            return most
         finally:
             os.close(file)
 
     def whole(self, data, file):
         """Return how many bytes of a piece can be sent: those before NUL bytes that may be a hole."""
         place = data.find(b"\0")
-        if place < 0:
+        if place < 0 or not self.holes:
             return len(data)
         size, since = self.hole
         if size <= self.at + place:
