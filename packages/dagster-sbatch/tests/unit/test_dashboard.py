@@ -85,13 +85,13 @@ def test_a_browser_that_stalls_stops_the_dashboard_and_fills_no_memory(far_end: 
 def runs_with(**published: str) -> Any:
     """Runs whose Ray cluster has published these files of its state folder."""
 
-    def exchange(requests: list[dict[str, Any]]) -> Iterator[tuple[int, dict[str, str], bytes]]:
+    def exchange(requests: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, str], bytes]]:
         path = Path(requests[0]["path"])
         if path.name not in published:
             raise RefusedError(f"{path}: no such file")
         data = published[path.name].encode()
-        yield 0, {"file": path.name}, data
-        yield 0, {"sha256": hashlib.sha256(data).hexdigest()}, b""
+        yield requests[0], {"file": path.name}, data
+        yield requests[0], {"sha256": hashlib.sha256(data).hexdigest()}, b""
 
     return SimpleNamespace(gateway=SimpleNamespace(exchange=exchange, patiently=lambda step: step()))
 

@@ -71,11 +71,10 @@ class Gateway(Link):
         left = list(runs)
 
         def step() -> None:
-            asked = list(left)
-            requests = [{"do": "jobs.cancel", "run": run, "job": jobs.get(run)} for run in asked]
-            for which, head, _ in self.exchange(requests):
-                left.remove(asked[which])
-                report(asked[which], _outcome_of_cancel(head))
+            requests = [{"do": "jobs.cancel", "run": run, "job": jobs.get(run)} for run in left]
+            for request, head, _ in self.exchange(requests):
+                left.remove(request["run"])
+                report(request["run"], _outcome_of_cancel(head))
                 if not left:
                     return
 

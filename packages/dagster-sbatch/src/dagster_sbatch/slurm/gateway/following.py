@@ -130,64 +130,36 @@ def follow_jobs(link: Link, handler: JobHandler, follower: str) -> None:
 
 def _follow(link: Link, handler: JobHandler, active: dict[str, _Followed], follower: str) -> None:
     """Follow jobs until all are over, or the handler has another request; the next call continues from there."""
-    runs = list(active)
-    requests = [active[run].request(follower) for run in runs]
+    requests = [each.request(follower) for each in active.values()]
 
     def take() -> None:
         while job := handler.take():
             active[job.run] = _Followed(job, set(job.tasks))
-            runs.append(job.run)
             requests.append(active[job.run].request(follower))
 
     take()
     if not active:
         return
-    for which, head, data in link.exchange(requests):
-        followed = active[runs[which]]
+    for request, head, data in link.exchange(requests):
+        run = request["run"]
         if "file" in head:
-            followed.count(head, data)
-            if sink := handler.sinks(runs[which], head["task"]).get(head["file"]):
+            active[run].count(head, data)
+            if sink := handler.sinks(run, head["task"]).get(head["file"]):
                 sink(data)
-            continue
-        if _report(handler, followed, head):
-            if "refused" in head or "over" in head:
-                del active[runs[which]]
-            take()
         elif "trouble" in head:
             link.on_trouble(head["trouble"])
+        elif _report(handler, active, run, head):
+            take()
         if not active or handler.request_before():
             return
 
 
-def _report(handler: JobHandler, followed: _Followed, head: Mapping[str, Any]) -> bool:
+def _report(handler: JobHandler, active: dict[str, _Followed], run: str, head: Mapping[str, Any]) -> bool:
     """Report an answer of the agent; return whether there may be another job to take."""
-    run = followed.job.run
-    if "task" in head:
-        return _report_task(handler, followed, head)
-    if "job" in head:
-        followed.known = head
-        followed.job = replace(followed.job, files=None)  # they are there, and not needed again
-        handler.submitted(run, Submitted(head["job"], head["how"]))
-        return True
-    if "removed" in head:
-        raise RemovedError(head["removed"], run)
-    if "refused" in head:
-        handler.refused(run, head["refused"])
-    elif "over" in head:
-        handler.over(run, {int(index): rows for index, rows in head["rows"].items()})
-    elif "waiting" in head:
-        handler.waiting(run, head["waiting"])
-    elif "state" in head:
-        handler.state(run, TaskStates(**{**head["state"], "start": read_start(head["state"]["start"])}))
-    return "refused" in head or "over" in head
-
-
-def _report_task(handler: JobHandler, followed: _Followed, head: Mapping[str, Any]) -> bool:
-    run, task = followed.job.run, head["task"]
-    if "began" in head:
-        if followed.starts.get(task) != head["began"]:
-            followed.starts[task] = head["began"]
-            handler.started(run, task, head["node"], head["temporary"])
+    followed, task = active[run], head.get("task", 0)
+    if "began" in head and followed.starts.get(task) != head["began"]:
+        followed.starts[task] = head["began"]
+        handler.started(run, task, head["node"], head["temporary"])
     elif "idle" in head:
         handler.idle(run, task, head["idle"])
     elif "end" in head:
@@ -195,8 +167,23 @@ def _report_task(handler: JobHandler, followed: _Followed, head: Mapping[str, An
         followed.offsets.pop(task, None)
         followed.starts.pop(task, None)
         handler.ended(run, task, JobEnd.parse(head["end"], head["short"]))
-        return True
-    return False
+    elif "job" in head:
+        followed.known = head
+        followed.job = replace(followed.job, files=None)  # they are there, and not needed again
+        handler.submitted(run, Submitted(head["job"], head["how"]))
+    elif "removed" in head:
+        raise RemovedError(head["removed"], run)
+    elif "refused" in head:
+        handler.refused(run, head["refused"])
+        del active[run]
+    elif "over" in head:
+        handler.over(run, {int(index): rows for index, rows in head["rows"].items()})
+        del active[run]
+    elif "waiting" in head:
+        handler.waiting(run, head["waiting"])
+    elif "state" in head:
+        handler.state(run, TaskStates(**{**head["state"], "start": read_start(head["state"]["start"])}))
+    return not {"end", "job", "refused", "over"}.isdisjoint(head)
 
 
 class SingleTask(JobHandler):

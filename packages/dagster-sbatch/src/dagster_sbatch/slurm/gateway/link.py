@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from dagster_sbatch.auth import AccessError
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.slurm.gateway.answers import LostClaimError, RefusedError, RemovedError, StoppedError
-from dagster_sbatch.slurm.gateway.channel import Channel, NoPythonError, OpenChannel
+from dagster_sbatch.slurm.gateway.channel import Channel, Frame, NoPythonError, OpenChannel
 from dagster_sbatch.ssh import AuthenticationError, SshError, UnreachableError
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 60.0
@@ -110,37 +110,27 @@ class Link:
 
     def exchange(
         self, requests: Sequence[Mapping[str, Any]], data: bytes = b"", until: float = math.inf
-    ) -> Iterator[tuple[int, Mapping[str, Any], bytes]]:
-        """Generate the answers to some requests, as they come, each with the index of its request.
+    ) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any], bytes]]:
+        """Generate the answers to some requests, as they come, each after its request.
 
         Requests that the caller adds meanwhile are sent, too. `data` is sent behind the first request. `until`: when to
         wait no longer, by `monotonic`.
         """
         try:
-            channel, idents = self._connect(), list[int]()
+            channel, sent = self._connect(), dict[int, Mapping[str, Any]]()
             while monotonic() <= until:
                 if self.stop.is_set():
                     raise StoppedError
-                for request in requests[len(idents) :]:
-                    idents.append(channel.send(b"" if idents else data, **request))
+                for request in requests[len(sent) :]:
+                    sent[channel.send(b"" if sent else data, **request)] = request
                 frame = channel.receive()
-                self._let_in = monotonic()
-                if frame is None:
+                self._note(frame)
+                if frame is None or frame[0]["id"] not in sent:
                     continue
-                self._had_agent, (head, content) = True, frame
-                if self.blocked:
-                    self.blocked = False
-                    self._on_recovered()
-                if head["id"] == self._hold and "held" in head:
-                    raise LostClaimError(head["held"])
-                if head["id"] == self._hold and "error" in head:
-                    raise OSError(head["text"])  # without the claim, this connection is of no use
-                if head["id"] not in idents:
-                    continue
-                if "error" in head:
-                    raise _ERRORS.get(head["error"], _TemporaryError)(head["text"])
-                self._advanced |= bool(content or data)
-                yield idents.index(head["id"]), head, content
+                if "error" in frame[0]:
+                    raise _ERRORS.get(frame[0]["error"], _TemporaryError)(frame[0]["text"])
+                self._advanced |= bool(frame[1] or data)
+                yield sent[frame[0]["id"]], *frame
         except (OSError, EOFError, UnreachableError) as error:
             raise AgainError(str(error)) from error
         except NoPythonError as error:
@@ -244,3 +234,15 @@ class Link:
             self._channel.on_trouble = self.on_trouble
             self._hold = self._channel.send(do="claims.hold", **self.claimed) if self.claimed else -1
         return self._channel
+
+    def _note(self, frame: Frame | None) -> None:
+        """Note what a frame, or that none came, says of the connection and the claim."""
+        self._let_in = monotonic()
+        self._had_agent |= frame is not None
+        if frame and self.blocked:
+            self.blocked = False
+            self._on_recovered()
+        if frame and frame[0]["id"] == self._hold and "held" in frame[0]:
+            raise LostClaimError(frame[0]["held"])
+        if frame and frame[0]["id"] == self._hold and "error" in frame[0]:
+            raise OSError(frame[0]["text"])  # without the claim, this connection is of no use
