@@ -79,7 +79,8 @@ class LocalProcess:
     def run(self, stop: threading.Event) -> Ended:
         """Follow it to its end; when `stop` is set, it gets SIGTERM and after GRACE_SECONDS SIGKILL."""
         try:
-            while self.follow() and not stop.is_set():
+            while self._process.poll() is None and not stop.is_set():
+                self._pass_on()
                 stop.wait(POLL_SECONDS)
             if stop.is_set():
                 self.send(signal.SIGTERM)
@@ -87,12 +88,6 @@ class LocalProcess:
         finally:
             ended = self.end()
         return ended
-
-    def follow(self) -> bool:
-        """Pass on some of what it has written; return whether it runs."""
-        running = self._process.poll() is None
-        self._pass_on()
-        return running
 
     def _pass_on(self) -> int:
         """Pass on some bytes of each file, a CHUNK of the agent at most; return the number of files that had any."""
