@@ -163,6 +163,9 @@ def test_the_table_shows_request_cause_and_cost_of_each_attempt() -> None:
     ]  # fmt: skip
 
 
+OOM = JobEnd(None, "OUT_OF_MEMORY", "0:125")
+
+
 @pytest.mark.parametrize(
     ("stored", "memory"), [("16G", ["32G", "64G"]), ("8G", ["16G", "32G"])], ids=["same", "changed"]
 )
@@ -176,15 +179,12 @@ def test_a_task_that_a_killed_step_has_left_counts_its_attempts_and_has_the_requ
     record = {"request": {**now, "mem": stored}, "tasks": [{"name": "a", **store_attempts([ATTEMPT])}]}
     series.read(record, now, 0)
     for _ in range(2):
-        following = series.find_next(Fault.MEMORY, "n1").request
+        following = series.judge(OOM, "")[2].request
         assert following
-        series.repeat("8", JobEnd(None, "OUT_OF_MEMORY"), "out of memory", following)
-    assert series.find_next(Fault.NODE, "n1").text == "max_retries=3"
+        series.repeat("8", OOM, "out of memory", following)
+    assert series.judge(JobEnd(None, "NODE_FAIL"), "")[2].text == "max_retries=3"
     assert [attempt.request["mem"] for attempt in series.ended] == ["16G", stored, memory[0]]
     assert series.request.mem == memory[1]
-
-
-OOM = JobEnd(None, "OUT_OF_MEMORY", "0:125")
 
 
 @pytest.mark.parametrize(

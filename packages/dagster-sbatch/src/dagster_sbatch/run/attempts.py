@@ -13,7 +13,7 @@ from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Allocation, SlurmRequest, accounting
 from dagster_sbatch.slurm.gateway import JobEnd
 from dagster_sbatch.slurm.outcome import Outcome, find_fault, judge
-from dagster_sbatch.slurm.request import COST_LIMITS, Fault
+from dagster_sbatch.slurm.request import COST_LIMITS
 from dagster_sbatch.slurm.retries import RETRIED_FIELDS, Next, next_request
 
 ATTEMPTS = "attempts"  # key of a record, and name of the metadata
@@ -112,22 +112,18 @@ class AttemptSeries:
             self.request = load_request(record, self.planned.request)
 
     def judge(self, end: JobEnd, stderr: str) -> tuple[Outcome | None, Outcome | None, Next]:
-        """Return why an attempt failed, as Slurm says and as `stderr` may say, and what follows; see `find_next`."""
+        """Return why an attempt failed, as Slurm says and as `stderr` may say, and what follows.
+
+        None follows that alone could cost more than the limit per run.
+        """
         outcome = judge(end, self.request)
         failed = find_fault(outcome, end, stderr, self.request)
-        return outcome, failed, self.find_next(failed.fault if failed else None, end.node)
-
-    def find_next(self, fault: Fault | None, node: str) -> Next:
-        """Return what follows an attempt; none that alone could cost more than the limit per run.
-
-        `fault`: why the attempt failed; None if it has not, or if that is not known. `node`: on which it ran; empty if
-        that is not known.
-        """
-        found = next_request(fault, self.request, self.planned, node, len(self.ended))
+        fault = failed.fault if failed else None
+        found = next_request(fault, self.request, self.planned, end.node, len(self.ended))
         if found.request and self.changed:
             found = Next(self.planned.request, "the request of the asset, which has changed")
         excess = found.request and explain_excess(replace(self.planned, request=found.request), 1, self.settings)
-        return Next(None, excess) if excess else found
+        return outcome, failed, Next(None, excess) if excess else found
 
     def repeat(self, job: str, end: JobEnd, how: str, request: SlurmRequest) -> None:
         """Register an attempt that has failed, and the request of the next one; `job`, `how`: see AttemptRecord."""
