@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -157,7 +158,20 @@ class NoSessions(SilentShell):
 
 
 @pytest.mark.usefixtures("slurm")
-def test_a_login_profile_that_ends_the_shell_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("late", [False, True])
+def test_a_login_profile_that_ends_the_shell_is_named(
+    late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`late`: the shell has ended before the agent's source is written."""
+    popen = subprocess.Popen
+
+    def start(*args: Any, **named: Any) -> Any:
+        child = popen(*args, **named)
+        if late:
+            child.wait(60)
+        return child
+
+    monkeypatch.setattr(subprocess, "Popen", start)
     (tmp_path / ".bash_profile").write_text("echo news; exec true\n")
     opened = choose_channel(SETTINGS, (), lambda _: None, setup=("true",))()
     with pytest.raises(EOFError, match=r"no agent: news\n(.|\n)*does the login profile there exit, or"):

@@ -244,7 +244,8 @@ class _LocalChannel(Channel):
         assert self._process.stdin and self._process.stdout
         self._stdin, self._stdout = self._process.stdin, self._process.stdout
         os.set_blocking(self._stdin.fileno(), False)
-        self._write(programs.SOURCE)
+        with suppress(OSError):  # the shell has ended: reading shows why
+            self._write(programs.SOURCE)
 
     def _read(self, seconds: float) -> bytes:
         if not select.select([self._stdout], [], [], seconds)[0]:
