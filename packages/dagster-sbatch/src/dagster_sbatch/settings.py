@@ -25,12 +25,13 @@ def _https(url: str, values: ValidationInfo) -> str:
         raise ValueError(f"not a URL: {error}") from None
     if parts.scheme not in ("https", "http") or not parts.hostname:
         raise ValueError("not a URL: it begins with https://")
-    if parts.scheme == "http" and not values.data.get("allow_http") and not _is_loopback(parts.hostname):
+    if parts.scheme == "http" and not values.data.get("allow_http") and not is_loopback(parts.hostname):
         raise ValueError("plain http would show secrets to everyone on the way: use https://")
     return url
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Return whether a host is this machine."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

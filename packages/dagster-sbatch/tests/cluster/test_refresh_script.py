@@ -103,7 +103,7 @@ def test_the_script_ends_with_the_codes_of_its_help(
         done = script()
         assert done.returncode == 3
         assert "\nAccess works until 20" in done.stderr
-    done = script(ALL_PROXY="socks5://127.0.0.1:1080")
+    done = script(ALL_PROXY="socks5://127.0.0.1:1080", ASC_OIDC_TOKEN_URL="https://auth.example.test/token/")
     assert done.returncode == 1
     assert done.stderr.startswith("The proxy ALL_PROXY=socks5://127.0.0.1:1080 cannot be used: ")
 

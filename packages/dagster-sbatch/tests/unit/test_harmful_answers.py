@@ -29,11 +29,6 @@ ODD = {
 }
 
 
-@pytest.fixture(autouse=True)
-def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("no_proxy", "*")
-
-
 @contextmanager
 def answering(pieces: Iterable[bytes], pause: float = 0.0, certificate: Path | None = None) -> Iterator[str]:
     """The address of a server that answers one request with these bytes."""

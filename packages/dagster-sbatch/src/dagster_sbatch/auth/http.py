@@ -1,7 +1,7 @@
 """HTTP calls that end: time limits, retries of temporary failures, and errors that say who has to act.
 
 The process environment says which authorities are trusted (OpenSSL's SSL_CERT_FILE, SSL_CERT_DIR), and which proxy is
-used: HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY, as Python's standard library reads them.
+used, except to this machine: HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY, as Python's standard library reads them.
 """
 
 import json
@@ -25,6 +25,7 @@ import certifi
 
 from dagster_sbatch.auth.access_errors import AccessError, UnavailableError
 from dagster_sbatch.errors import printable
+from dagster_sbatch.settings import is_loopback
 
 if TYPE_CHECKING:
     import httpx
@@ -97,7 +98,7 @@ def proxy_for(url: "httpx.URL") -> Proxy | None:
 
     proxies = getproxies_environment()
     name = next((each for each in (url.scheme, "all") if proxies.get(each, "").strip()), None)
-    if name is None or proxy_bypass(url.netloc.decode()):
+    if name is None or is_loopback(url.host) or proxy_bypass(url.netloc.decode()):
         return None
     value = proxies[name].strip()
     proxy = Proxy(f"{name.upper()}_PROXY", value if "://" in value else f"http://{value}")
