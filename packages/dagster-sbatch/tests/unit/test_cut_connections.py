@@ -1,5 +1,6 @@
 """Connections that are cut, delayed and split at random bytes in both directions: nothing is lost, nothing doubled."""
 
+import os
 import random
 import time
 from collections import defaultdict
@@ -9,7 +10,16 @@ from pathlib import Path
 import pytest
 
 from dagster_sbatch.slurm import SlurmRequest, allocate, load_site, render_job_script
-from dagster_sbatch.slurm.gateway import MESSAGES, Gateway, choose_channel, client, fetch_file, link, send_file
+from dagster_sbatch.slurm.gateway import (
+    MESSAGES,
+    Gateway,
+    RefusedError,
+    choose_channel,
+    client,
+    fetch_file,
+    link,
+    send_file,
+)
 from dagster_sbatch.slurm.gateway.channel import Channel
 from slurm_in_a_box import wait_until
 from support.agent_fixtures import HURRIED, SETTINGS, Prepare, put
@@ -159,6 +169,34 @@ def test_a_file(seed: int, cut: MakeCut, tmp_path: Path, monkeypatch: pytest.Mon
     assert there.read_bytes() == back.read_bytes() == local.read_bytes()
     assert [path.name for path in there.parent.iterdir()] == ["there"]
     assert seen == sorted(seen)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda path: path.write_bytes(b"y" * 100_000), lambda path: os.truncate(path, 50_000)],
+    ids=["other bytes", "shorter"],
+)
+def test_a_file_that_changes_while_it_is_sent_is_named(
+    change: Callable[[Path], None], prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "PIECE", 20_000)
+    local, there = tmp_path / "local", tmp_path / "there"
+    local.write_bytes(b"x" * 100_000)
+    gateway = prepare("")
+    with pytest.raises(RefusedError, match=f"^{local} changed while it was sent"):
+        send_file(gateway, local, f"{there}/there", lambda *_: change(local))
+    assert not (there / "there").exists()
+
+
+def test_what_is_appended_to_a_file_while_it_is_sent_does_not_count(prepare: Prepare, tmp_path: Path) -> None:
+    local, there = tmp_path / "local", tmp_path / "there"
+
+    def append(*_: int) -> None:
+        with local.open("ab") as file:
+            file.write(b"y" * 99)
+
+    local.write_bytes(b"x" * (2 * client.PIECE + 1))
+    assert send_file(prepare(), local, str(there), append) == there.stat().st_size == 2 * client.PIECE + 1
 
 
 @pytest.mark.parametrize("content", [b"x" * 100_000, b""], ids=["full", "empty"])

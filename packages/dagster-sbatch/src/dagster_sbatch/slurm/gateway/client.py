@@ -237,18 +237,23 @@ def send_file(link: Link, local: Path, path: str, on_progress: Callable[[int, in
 
     `on_progress`: gets the number of bytes sent so far, by earlier tries too, and the size of the file.
     Returns the number of bytes that this call has sent.
+    Raises RefusedError: the file changes meanwhile; bytes that are appended do not count.
     """
     with local.open("rb") as file:
-        whole, size = hashlib.file_digest(file, "sha256").hexdigest(), local.stat().st_size
+        whole, size, sent = hashlib.file_digest(file, "sha256").hexdigest(), file.tell(), 0
         about = {"path": path, "sha256": whole, "bytes": size}
-        sent = 0
+        changed = RefusedError(f"{local} changed while it was sent. Run this again when nothing writes to that file.")
 
         def go_on() -> int:
             nonlocal sent
             at = next(link.exchange([{"do": "transfer.put", **about}]))[1]["at"]
+            file.seek(0)
+            if sent and not at and hashlib.file_digest(file, "sha256").hexdigest() != whole:
+                raise changed
             file.seek(at)
             while at < size:
-                data = file.read(PIECE)
+                if not (data := file.read(min(PIECE, size - at))):
+                    raise changed
                 at = next(link.exchange([{"do": "transfer.put", **about, "at": at}], data=data))[1]["at"]
                 sent += len(data)
                 on_progress(at, size)
