@@ -52,6 +52,10 @@ Host mus* !musica
 Host quoted
     HostName="quoted.example"
     UserKnownHostsFile ~/kh1 "/tmp/k h2"
+Host quotes
+    UserKnownHostsFile "/tmp/k h" # of the centre
+Host several
+    userknownhostsfile="/tmp/k h" /tmp/kh '/tmp/k h2'
 Host through
     ProxyJump jane@gate.example:2200 # with a card
 Host none
@@ -64,7 +68,7 @@ Host * !quoted
 
 
 @pytest.mark.skipif(shutil.which("ssh") is None, reason="ssh is not installed")
-@pytest.mark.parametrize("host", ["musica", "music", "quoted", "through", "none", "unheard-of"])
+@pytest.mark.parametrize("host", ["musica", "music", "quoted", "quotes", "several", "through", "none", "unheard-of"])
 def test_the_config_is_read_as_openssh_reads_it(config: Path, host: str) -> None:
     config.write_text(CONFIG)
     done = subprocess.run(["ssh", "-G", "-F", config, host], capture_output=True, text=True, check=True)
@@ -84,6 +88,16 @@ def test_the_config_is_read_as_openssh_reads_it(config: Path, host: str) -> None
     assert ("proxyjump" in theirs) is (jump is not None)
     if jump:
         assert theirs["proxyjump"] == [f"{jump.user}@gate.example:{jump.port}"]
+
+
+@pytest.mark.parametrize(
+    ("value", "files"),
+    [('"/k h"', ["/k h"]), ('"/k h" "/kh 2"', ["/k h", "/kh 2"]), ("/kh none", ["/kh"])],
+)
+def test_the_files_of_known_hosts(config: Path, value: str, files: list[str]) -> None:
+    """`ssh -G` prints them without quotation marks."""
+    config.write_text(f"UserKnownHostsFile = {value} # those of the centre\n")
+    assert read_route(settings())[0].known_hosts == (*map(Path, files), SYSTEM_KNOWN_HOSTS)
 
 
 def test_the_settings_win(config: Path) -> None:
@@ -138,6 +152,9 @@ def test_a_jump_host_without_options_is_logged_in_to_like_the_login_node(config:
         ("Port 99999", "Port 99999 for musica is not a port"),
         ("Port ssh", "Port ssh for musica is not a port"),
         ("Host 'musica", "Unparsable host"),
+        ('UserKnownHostsFile "/kh 1', 'UserKnownHostsFile "/kh 1 for musica lacks a quotation mark'),
+        ("UserKnownHostsFile ~no-such-user/kh", "UserKnownHostsFile ~no-such-user/kh for musica .* an unknown user"),
+        ("userknownhostsfile = it's", "UserKnownHostsFile it's for musica lacks a quotation mark"),
     ],
 )
 def test_what_cannot_be_followed_is_an_error(config: Path, text: str, message: str) -> None:

@@ -103,13 +103,18 @@ def _read_hop(config: SSHConfig, alias: str, first: _Login, default: _Login) -> 
     key = first.key or next((key for key in keys if key.exists()), keys[0] if keys else default.key)
     if key is None:
         raise ConfigurationError("SLURM_EDGE_NODE_KEY_PATH is not set: your private SSH key, like ~/.ssh/id_musica")
-    files = shlex.split(found.get("userknownhostsfile", "~/.ssh/known_hosts ~/.ssh/known_hosts2"))
+    listed = found.get("userknownhostsfile", "~/.ssh/known_hosts ~/.ssh/known_hosts2")
+    try:
+        files = [Path(name).expanduser() for name in shlex.split(listed) if name != "none"]
+    except (ValueError, RuntimeError):
+        wrong = f"UserKnownHostsFile {listed} for {alias} lacks a quotation mark, or names an unknown user"
+        raise ConfigurationError(f"{file}: {wrong}") from None
     hop = Hop(
         host=_checked(found["hostname"], f"{file} or SLURM_EDGE_NODE_HOST"),
         port=first.port or int(port or default.port or 22),
         user=first.user or found.get("user") or str(default.user),
         key=key,
-        known_hosts=(*(Path(name).expanduser() for name in files if name != "none"), SYSTEM_KNOWN_HOSTS),
+        known_hosts=(*files, SYSTEM_KNOWN_HOSTS),
     )
     jump = found.get("proxyjump", "none")
     return hop, "none" if jump.lower() == "none" else jump
@@ -152,6 +157,8 @@ def _without_ignored(file: Path) -> str:
             warn_once(f"{file}:{number}: Match is ignored here, with all lines until the next Host")
         elif word == "host":
             in_match = False
+        if word == "userknownhostsfile":  # paramiko drops the first and the last quotation mark of its list
+            line = re.sub(r"(?<=file)[\s=]*(.*?)\s*$", r' "\1"', line, flags=re.IGNORECASE)
         if word == "host" or (word in _READ | _REPORTED and not in_match):
             kept.append(line)
     return "\n".join(kept)
