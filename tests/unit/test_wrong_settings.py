@@ -59,7 +59,11 @@ def test_each_is_named(variables: Mapping[str, str], monkeypatch: pytest.MonkeyP
     ("key", "value", "text"),
     [
         ("partitons", {}, "unknown field"),
-        ("launchers", {"ray": {"pre_start_comands": []}}, "did you mean 'pre_start_commands'"),
+        (
+            "launchers",
+            {"ray": {"pre_start_comands": []}},
+            r"\['other'\]\['launchers'\]: RayLauncher: pre_start_comands: unknown field; did you mean 'pre_start_commands'",
+        ),
         ("host_authorities", ["musica ssh-rsa AAAA"], "does not begin with @cert-authority"),
     ],
 )

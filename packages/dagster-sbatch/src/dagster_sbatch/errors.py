@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 Place = tuple[int | str, ...]  # the keys and indices that lead to a problem that pydantic found
 _TEXTS = {
+    "dict_type": "this is not a dictionary. Write {...}",
     "tuple_type": "this is not a list. Write [...], also around a single value",
     "string_type": "this is not a text. Write it in quotes",
     "string_pattern_mismatch": "this does not have the right form",
@@ -56,11 +57,12 @@ def describe_at(
     name: Callable[[Place], str],
     known: Callable[[Place], Iterable[str]] = lambda _: (),
     advice: Callable[[Place], str] = lambda _: "",
+    model: str = _TEXTS["dict_type"],
 ) -> str:
     """Return the problems that pydantic found, one per line, without the values, which may be secret.
 
     `name`: how the user calls a place in the input. `known`: the valid names beside an unknown one; the nearest of them
-    is shown. `advice`: further sentences about a place.
+    is shown. `advice`: further sentences about a place. `model`: what to write for a model, with its `class_name`.
     """
     lines = []
     for problem in error.errors(include_url=False, include_input=False):
@@ -69,7 +71,7 @@ def describe_at(
         if problem["type"] == "extra_forbidden":
             text = f"unknown field{nearest(str(place[-1]), known(place))}"
         elif problem["type"] == "model_type":
-            text = f"write {problem['ctx']['class_name']}(...)"
+            text = model.replace("class_name", problem["ctx"]["class_name"])
         if more:
             text += f"{'' if text.endswith('?') else '.'} {more}"
         lines.append(f"{name(place)}: {text}")
@@ -90,4 +92,4 @@ class CheckedModel(BaseModel):
             def name(place: Place) -> str:
                 return f"{own}: {'.'.join(map(str, place))}" if place else own
 
-            raise ConfigurationError(describe_at(error, name, lambda _: known)) from None
+            raise ConfigurationError(describe_at(error, name, lambda _: known, model="write class_name(...)")) from None

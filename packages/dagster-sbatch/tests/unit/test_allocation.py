@@ -156,10 +156,14 @@ def test_a_site_without_qos_gets_none() -> None:
         ({"python_candidates": ["~/bin/python"]}, "['python_candidates'][0]: '~/bin/python' is neither the name of a"),
         ({"python_candidates": ["python3", "$DATA/python"]}, "['python_candidates'][1]: '$DATA/python' is neither"),
         ({"threads_per_core": 3}, "['threads_per_core']: Input should be 1, 2, 4 or 8"),
+        *((wrong, "['musica']: this is not a dictionary. Write {...}") for wrong in ([], None, "x", 3)),
+        ({"partitions": {"p": []}}, "['partitions']['p']: this is not a dictionary. Write {...}"),
+        ({"launchers": {"ray": "x"}}, "['launchers']['ray']: this is not a dictionary. Write {...}"),
+        ({"launchers": {"rey": {}}}, "['launchers']['rey']: 'rey' is not the key of a launcher"),
         ({"thread_per_core": 1}, "['thread_per_core']: unknown field; did you mean 'threads_per_core'"),
     ],
 )
-def test_mistakes_in_the_site_overrides_are_located(entry: dict[str, Any], text: str) -> None:
+def test_mistakes_in_the_site_overrides_are_located(entry: Any, text: str) -> None:
     with pytest.raises(ConfigurationError) as error:
         load_site({"musica": entry}, "musica")
     assert text in str(error.value)

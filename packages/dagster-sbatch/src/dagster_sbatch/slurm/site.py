@@ -23,6 +23,7 @@ _Interpreter = Annotated[
         "the interpreter of one user is SLURM_PYTHON",
     ),
 ]
+_Launcher = Annotated[str, word(r"script|srun|command|batch_script|ray", "is not the key of a launcher")]
 _Authority = Annotated[str, AfterValidator(lambda line: parse_authority(line) and line)]
 
 
@@ -72,7 +73,7 @@ class Site(_Part):
     """A supercomputer: its entry in SUPERCOMPUTER_SITE_OVERRIDES, merged over the facts that this package has."""
 
     partitions: dict[str, Partition] = Field({}, description="By name, the preferred one of each kind first.")
-    launchers: dict[str, dict[str, Any]] = Field(
+    launchers: dict[_Launcher, dict[str, Any]] = Field(
         {}, description="Fields of launchers by their keys: script, srun, command, batch_script, ray."
     )
     script_header: tuple[_Comment, ...] = Field(
@@ -118,7 +119,7 @@ def load_site(overrides: Mapping[str, Any], name: str) -> Site:
 
 
 def _key(*path: int | str) -> str:
-    return f"SUPERCOMPUTER_SITE_OVERRIDES[{']['.join(map(repr, path))}]"
+    return "SUPERCOMPUTER_SITE_OVERRIDES" + "".join(f"[{part!r}]" for part in path if part != "[key]")
 
 
 def _merge(known: Mapping[str, Any], changes: Any) -> Any:
