@@ -120,7 +120,7 @@ def test_dev_does_not_start_where_dagster_would_use_other_values(
     monkeypatch.setenv("EDITOR", "ed")
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".env").write_text(f"{line}\n")
-    (tmp_path / "dagster.yaml").touch()
+    (tmp_path / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
     if name is None:
         dev.main(replace(PROJECT, root=tmp_path))
         assert started
@@ -146,7 +146,7 @@ def test_dev_does_not_start_beside_another_daemon(
     monkeypatch.setattr(sys, "argv", ["dev"])
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "dagster.yaml").touch()
+    (tmp_path / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
     with (
         subprocess.Popen([sys.executable, *daemon], stdin=subprocess.PIPE, cwd=tmp_path) as running,
         pytest.raises(SystemExit, match=f"process {running.pid} is a Dagster daemon of this project"),
@@ -166,6 +166,38 @@ def test_dev_does_not_start_without_its_dagster_yaml(tmp_path: Path, monkeypatch
         SystemExit, match=rf"^Dagster is not started.*\n{tmp_path}/dagster.yaml cannot be read: No such"
     ):
         dev.main(replace(PROJECT, root=tmp_path))
+
+
+@pytest.mark.usefixtures("variables")
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("dagster.yaml", b"storage: [1\nnux: 2\n", r"but got ':'\n  in {path}, line 2, column 4$"),
+        ("dagster.yaml", b"\tnux: {}\n", "in {path}, line 1, column 1$"),
+        ("dagster.yaml", b"nux: \x07\n", "{path}: unacceptable character"),
+        ("dagster.yaml", b"nux: \xe4\n", "{path} cannot be read: line 1 is not in UTF-8"),
+        ("dagster.yaml", b"# nothing\n", "{path} is empty, or"),
+        ("dagster.yaml", b"- nux\n", "{path} is empty, or"),
+        ("workspace.yaml", b"load_from: {\n", "in {path}, line 2, column 1$"),
+        ("workspace.yaml", b"", "{path} is empty, or"),
+        ("workspace.yaml", None, "{path} cannot be read: Is a directory"),
+        ("pyproject.toml", b"[tool.dagster]\nmodule_name = x\n", r"{path}: Invalid value \(at line 2, column 15\)$"),
+    ],
+)
+def test_dev_does_not_start_with_a_file_that_dagster_cannot_parse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes | None, text: str
+) -> None:
+    """Dagster would show a stack."""
+    monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("it starts"))
+    monkeypatch.setattr(sys, "argv", ["dev"])
+    (tmp_path / "dagster.yaml").write_text("nux: {enabled: false}\n")
+    if content is None:
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(SystemExit, match=text.format(path=tmp_path / name)) as refused:
+        dev.main(replace(PROJECT, root=tmp_path))
+    assert str(refused.value).startswith("Dagster is not started, because")
 
 
 @pytest.mark.usefixtures("variables")

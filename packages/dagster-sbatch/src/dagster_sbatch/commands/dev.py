@@ -17,11 +17,14 @@ was started in the background (`nohup scripts/dev &`).
 Exit codes are those of `dagster dev`; 1 also if it does not start (the reason is printed).
 """
 
+import io
 import os
 import sys
+import tomllib
 from pathlib import Path
 
 import psutil
+import yaml
 
 from dagster_sbatch.configuration import check_configuration
 from dagster_sbatch.errors import ConfigurationError
@@ -56,7 +59,7 @@ def main(project: Project) -> None:
     accepted, options = ANYONE in sys.argv[1:], [each for each in sys.argv[1:] if each != ANYONE]
     try:
         settings = check_configuration(project)
-        read_text(project.root / "dagster.yaml")  # without it, Dagster would start, and retry no run
+        check_files(project.root)
     except ConfigurationError as error:
         raise SystemExit(f"Dagster is not started, because the settings are wrong.\n{error}") from None
     if settings.on_login_node and not accepted:
@@ -70,6 +73,19 @@ def main(project: Project) -> None:
     if found := ", ".join(find_overridden(project.root)):
         raise SystemExit(OVERRIDDEN.format(file=project.root / ".env", names=found))
     os.execv(sys.executable, [sys.executable, "-W", f"ignore:{SUPERSEDED}", "-m", "dagster", "dev", *options])
+
+
+def check_files(root: Path) -> None:
+    """Raise ConfigurationError for a file that Dagster reads and cannot parse; without dagster.yaml, it retries no run."""
+    paths = [root / name for name in ("workspace.yaml", "pyproject.toml") if (root / name).exists()]
+    for path in (root / "dagster.yaml", *paths):
+        text = read_text(path)
+        try:
+            found = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(io.StringIO(text))
+        except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
+            raise ConfigurationError(f"{path}: {error}".replace('"<file>"', str(path))) from None
+        if not isinstance(found, dict):
+            raise ConfigurationError(f"{path} is empty, or has something other than `name: value`. Restore it.")
 
 
 def find_daemon(root: Path) -> int | None:
