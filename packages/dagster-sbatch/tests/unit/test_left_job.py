@@ -29,6 +29,9 @@ def interrupted(instance: dg.DagsterInstance, parent: str | None = None, **tags:
     """Make a run in which no step has ended."""
     run = dg.DagsterRun(job_name="job", parent_run_id=parent, root_run_id=parent)
     instance.add_run(run)
+    for step in tags:
+        start = dg.DagsterEvent(dg.DagsterEventType.STEP_START.value, "job", step_key=step)
+        instance.report_dagster_event(start, run.run_id)
     if tags:
         instance.add_run_tags(run.run_id, {f"slurm_job/{step}": job for step, job in tags.items()})
     return run.run_id
@@ -56,3 +59,6 @@ def test_a_step_that_has_ended_was_not_interrupted(instance: dg.DagsterInstance,
 
     parent = job.execute_in_process(instance=instance, raise_on_error=False).run_id
     assert earlier(instance, parent) == ("79", False)
+    skipped = interrupted(instance, parent)
+    instance.add_run_tags(skipped, {"slurm_job/work": "79"})  # Dagster copies the tags of a run that it re-executes
+    assert earlier(instance, skipped) == ("79", False)

@@ -4,13 +4,15 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import dagster as dg
 import pytest
 
 from dagster_sbatch.launchers import ScriptLauncher
 from dagster_sbatch.run.compute import ComputeResource
-from dagster_sbatch.run.tags import job_tag, tag_deployment, tag_job
+from dagster_sbatch.run.tags import job_tag, retried_elsewhere, tag_deployment, tag_job
 from resources import build_resources
 from support.array_asset import ArrayAsset
 
@@ -79,6 +81,25 @@ def test_dagster_itself_retries_no_run_in_another_place(tmp_path: Path, tags: di
     assert again.success, "a person has re-executed it; Dagster copies the tags"
     asset.by_dagster = True
     assert asset.run(of=again.run_id, from_failure=True, **tags).success, "it was interrupted here"
+
+
+@pytest.mark.parametrize("by_person", [True, False])
+def test_a_run_that_came_to_no_step_has_only_inherited_tags(instance: dg.DagsterInstance, by_person: bool) -> None:
+    """Its process dies at once, and Dagster retries it; whether that is elsewhere depends on who requested it."""
+    tags = {"deployment": "production_supercomputer", "site": "musica", "data_root": "/d"}
+    runs: list[dg.DagsterRun] = []
+    for _ in ("interrupted", "dies at once", "retry"):
+        former = {"parent_run_id": runs[-1].run_id, "root_run_id": runs[0].run_id} if runs else {}
+        run = dg.DagsterRun(job_name="job", tags=tags, **former)
+        instance.add_run(run)
+        if runs and not (by_person and len(runs) == 1):
+            instance.add_run_tags(runs[-1].run_id, {"dagster/auto_retry_run_id": run.run_id})
+        runs.append(run)
+    start = dg.DagsterEvent(dg.DagsterEventType.STEP_START.value, "job", step_key="probe")
+    instance.report_dagster_event(start, runs[0].run_id)
+    step: Any = SimpleNamespace(instance=instance, run=runs[-1], run_id=runs[-1].run_id)
+    found = retried_elsewhere(step, None, "/here")
+    assert found == ("" if by_person else "production_supercomputer with DATA_ROOT=/d")
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ _MOST_OBSERVATIONS = 100  # the latest ones, among which one with a data version
 Stored = tuple[int, dg.AssetMaterialization]  # a materialization, and before it the storage id of its event
 _DEAD = dg.DagsterEventType.RUN_FAILURE  # what a step does after it, it does for the run's retry
 _ENDS = {dg.DagsterEventType.STEP_SUCCESS, dg.DagsterEventType.STEP_FAILURE, _DEAD}
-_STORED = dg.DagsterEventType.ASSET_MATERIALIZATION
+_START, _STORED = dg.DagsterEventType.STEP_START, dg.DagsterEventType.ASSET_MATERIALIZATION
 age_of = attrgetter("storage_id")  # the order of records in Dagster's database, also if the clock was set back
 
 
@@ -179,8 +179,10 @@ def earlier_job(step: dg.OpExecutionContext) -> tuple[str | None, bool]:
     """
     name, parent, interrupted = StepName.of(step), step.run.parent_run_id, True
     while parent and (run := step.instance.get_run_by_id(parent)):
-        interrupted = interrupted and not _events_of(step.instance, parent, name, _ENDS)
-        if job := run.tags.get(job_tag(key_in(step.instance, parent, name))):
+        kinds = {each.dagster_event_type for each in _events_of(step.instance, parent, name, {_START, *_ENDS})}
+        interrupted = interrupted and not kinds & _ENDS
+        job = run.tags.get(job_tag(key_in(step.instance, parent, name)))
+        if job and _START in kinds:  # else the run has inherited the tag, and has not come to the step
             return job, interrupted
         parent = run.parent_run_id
     return None, False

@@ -28,10 +28,14 @@ def tag_deployment(context: dg.OpExecutionContext, deployment: str, site: str | 
 
 def retried_elsewhere(step: dg.OpExecutionContext, site: str | None, data_root: str) -> str:
     """Return where a run was interrupted that Dagster itself retries by this one; empty if it still works there."""
-    before = step.instance.get_run_by_id(step.run.parent_run_id) if step.run.parent_run_id else None
-    if before is None or before.tags.get("dagster/auto_retry_run_id") != step.run_id:
-        return ""  # a person who re-executes a run elsewhere wants that
-    return _other_place(before, site, data_root)
+    run = step.run
+    while run.parent_run_id and (before := step.instance.get_run_by_id(run.parent_run_id)):
+        if before.tags.get("dagster/auto_retry_run_id") != run.run_id:
+            break  # a person who re-executes a run elsewhere wants that
+        if step.instance.all_logs(before.run_id, of_type=dg.DagsterEventType.STEP_START):
+            return _other_place(before, site, data_root)
+        run = before  # one that came to no step has only tags that it has inherited
+    return ""
 
 
 def made_elsewhere(
