@@ -24,6 +24,7 @@ from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Site
 from dagster_sbatch.slurm.gateway import Gateway, StoppedError
 from dagster_sbatch.slurm.gateway.agent import survey
+from dagster_sbatch.slurm.gateway.channel import HANGS
 from dagster_sbatch.slurm.site import Partition
 from resources import PROJECT
 
@@ -239,9 +240,15 @@ def test_a_login_node_that_runs_no_commands_is_said_at_once(tmp_path: Path, monk
 def test_a_login_shell_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = facts_of(("login.example", 22), tmp_path)
     silent: Any = SimpleNamespace(exchange=lambda *_, **__: iter(()))
-    monkeypatch.setattr(login_node, "open_runs", lambda *_: nullcontext(Runs(silent, facts.settings)))
+
+    def open_runs(*arguments: Any) -> Any:
+        arguments[-1](f"nothing has come for 45 s\n{HANGS}")
+        return nullcontext(Runs(silent, facts.settings))
+
+    monkeypatch.setattr(login_node, "open_runs", open_runs)
     state, found, _ = make(login_node.check_login, facts)
-    assert (state, found) == ("broken", "the login node has not answered within 120 s")
+    text = f"the login node has not answered within 120 s\nnothing has come for 45 s\n{HANGS}"
+    assert (state, found) == ("broken", text)
 
 
 def test_a_long_temporary_folder(look: Look, tmp_path: Path) -> None:

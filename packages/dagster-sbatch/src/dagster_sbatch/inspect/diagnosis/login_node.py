@@ -17,7 +17,8 @@ WANTED_FILES = 65536
 def check_login(facts: Facts) -> Finding:
     """Log in, start the agent, and take the survey that the checks below read."""
     settings, fix = facts.settings, "do what it says; else try again, and check what your login shell does there"
-    facts.runs = facts.until_the_end.enter_context(open_runs(settings, facts.project, SECONDS))
+    told: list[str] = []  # such as what to ask of a login shell that hangs
+    facts.runs = facts.until_the_end.enter_context(open_runs(settings, facts.project, SECONDS, told.append))
     request = {"do": "survey.survey", "path": str(settings.deployment_base_path)}
     try:
         answers = facts.runs.gateway.exchange([request], until=monotonic() + SURVEY_SECONDS)
@@ -25,7 +26,7 @@ def check_login(facts: Facts) -> Finding:
     except AgainError as error:
         return broken(str(error), fix)
     if not facts.survey:
-        return broken(f"the login node has not answered within {SURVEY_SECONDS:.0f} s", fix)
+        return broken("\n".join([f"the login node has not answered within {SURVEY_SECONDS:.0f} s", *told[-1:]]), fix)
     return ok("this machine" if settings.on_login_node else f"{settings.edge_node_user} at {settings.edge_node_host}")
 
 
