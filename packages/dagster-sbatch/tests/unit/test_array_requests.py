@@ -11,7 +11,7 @@ import pytest
 
 from dagster_sbatch.run.adoption import choose
 from dagster_sbatch.slurm import Retries
-from dagster_sbatch.slurm.gateway import Gateway, JobToFollow, Limits, StoppedError, follow_jobs
+from dagster_sbatch.slurm.gateway import Gateway, JobToFollow, Limits, RefusedError, StoppedError, follow_jobs
 from dagster_sbatch.slurm.gateway.agent import ends, run_directories
 from resources import PROJECT
 from slurm_in_a_box import wait_until
@@ -96,8 +96,9 @@ def test_a_centre_without_accounting_names_no_limit_of_submitted_jobs(slurm: Pat
 SLEEPS = """\
 if [ -e {mark} ]; then echo 17; exit; fi
 touch {mark}
-echo 'sbatch: error: Slurm temporarily unable to accept job, sleeping and retrying' >&2
+echo '{says}' >&2
 exec sleep 5"""
+WAITS = "sbatch: error: Slurm temporarily unable to accept job, sleeping and retrying"
 IMPATIENT = """
 def spoil():
     import sys
@@ -105,15 +106,24 @@ def spoil():
 """
 
 
-def test_what_sbatch_says_while_it_waits_for_room_is_reported(slurm: Path, prepare: Prepare, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("says", "more"), [(WAITS, f". {WAITS}"), ("", "")], ids=["something", "nothing"])
+def test_what_sbatch_says_while_it_waits_for_room_is_reported(
+    slurm: Path, prepare: Prepare, tmp_path: Path, says: str, more: str
+) -> None:
     """Slurm has as many jobs as it can have (MaxJobCount). sbatch is not overtaken: the next one comes after it."""
-    put(slurm, "sbatch", SLEEPS.format(mark=tmp_path / "asked"))
+    put(slurm, "sbatch", SLEEPS.format(mark=tmp_path / "asked", says=says))
     told: list[str] = []
     (tmp_path / "base").mkdir(mode=0o700)
     found = submit_run(prepare(HURRIED + IMPATIENT, told), f"{tmp_path}/base/runs/KEY", {"job.sh": ""})
     assert (found.job, found.how) == ("17", "submitted")
-    (said,) = (text for text in told if text.startswith("sbatch"))
-    assert said.startswith("sbatch did not answer within 2 s. sbatch: error: Slurm temporarily unable to accept job")
+    assert [text for text in told if text.startswith("sbatch")] == [f"sbatch did not answer within 2 s{more}"]
+
+
+def test_an_sbatch_that_refuses_and_says_nothing(slurm: Path, prepare: Prepare, tmp_path: Path) -> None:
+    put(slurm, "sbatch", "exit 3")
+    (tmp_path / "base").mkdir(mode=0o700)
+    with pytest.raises(RefusedError, match="^sbatch ended with exit code 3, and says nothing$"):
+        submit_run(prepare(HURRIED), f"{tmp_path}/base/runs/KEY", {"job.sh": ""})
 
 
 def test_a_rejected_result_is_known_to_the_next_claim(prepare: Prepare, tmp_path: Path) -> None:

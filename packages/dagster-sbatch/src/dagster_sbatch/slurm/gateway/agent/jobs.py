@@ -176,15 +176,17 @@ def sbatch(run, lock, variables):
                 return job_of(run)
             if time.monotonic() > until:  # it waits itself while Slurm has as many jobs as it can have (MaxJobCount)
                 said = (late.stderr or b"").decode(errors="replace").strip()
-                raise RequestError("temporary", "sbatch did not answer within %d s. %s" % (SBATCH_PATIENCE, said))
+                said = ". ".join(filter(None, ["sbatch did not answer within %d s" % SBATCH_PATIENCE, said]))
+                raise RequestError("temporary", said)
     found = JOB_ID.findall(out)  # wrappers and submit filters print more than the id
     if child.returncode == 0 and found:
         return found[-1]
+    said = err.strip() or out.strip() or "sbatch ended with exit code %d, and says nothing" % child.returncode
     if child.returncode <= 0 or UNSURE.search(err):
-        raise RequestError("temporary", err.strip() or out.strip())
+        raise RequestError("temporary", said)
     os.unlink(os.path.join(run, "tried"))
     full = FULL.search(err) or (LIMIT.search(err) and not NAMED_LIMIT.search(err))
-    raise RequestError("full" if full else "temporary" if LATER.search(err) else "refused", err.strip())
+    raise RequestError("full" if full else "temporary" if LATER.search(err) else "refused", said)
 
 
 # Requests
