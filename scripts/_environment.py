@@ -222,8 +222,28 @@ def _install(lock: "IO[str]") -> None:
                 f"Setting up {VENV} failed (exit code {done.returncode}); the output is above.\n"
                 f"Command: {shown}\nIt is safe to try again.{former if STAMP.is_file() else ''}"
             )
+    _refuse_other_place(new, "uv" if uv else "pip")
     _exchange(new)
     print(f"Environment ready after {time.monotonic() - begun:.0f} s.", file=sys.stderr, flush=True)
+
+
+def _refuse_other_place(new: Path, installer: str) -> None:
+    """Name the cause if the installer has put the packages elsewhere: no option prevails over `target` in its file.
+
+    Raises:
+        SystemExit: the environment has no package but pip.
+    """
+    found = {path.name.split("-")[0] for path in new.glob("lib/python*/site-packages/*.dist-info")}
+    if found <= {"pip", "setuptools"}:
+        shutil.rmtree(str(new), ignore_errors=True)
+        where = {
+            "uv": "`target` from [pip] of uv.toml",
+            "pip": "what `pip config list` shows of target, prefix or root",
+        }
+        raise SystemExit(
+            f"Setting up {VENV} failed: {installer} has installed the packages elsewhere, as its configuration says.\n"
+            f"Remove {where[installer]}."
+        )
 
 
 def _exchange(new: Path) -> None:

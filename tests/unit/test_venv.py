@@ -329,40 +329,6 @@ backend-path = ["."]
 """
 
 
-def test_pip_installs_into_the_projects_environment_whatever_the_user_prefers(copy: Path) -> None:
-    """Many sites recommend `user = true` in pip.conf, over which variables prevail."""
-    (copy / "backend.py").write_text(BACKEND)
-    (copy / "pyproject.toml").write_text(PYPROJECT)
-    (copy / "pip.conf").write_text("[install]\nuser = true\n")
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(copy), "PIP_NO_INDEX": "1"}
-    environment |= {"PIP_CONFIG_FILE": f"{copy}/pip.conf", "PIP_USER": "1", "PIP_TARGET": "elsewhere"}
-    environment |= {"PIP_REQUIRE_HASHES": "1", "PIP_DRY_RUN": "1"}
-    done = run([sys.executable, "scripts/show"], cwd=copy, env=environment)
-    assert done.stdout == f"{copy}/.venv []\n", done.stderr
-    made = copy / ".venv"
-    assert list(made.glob("lib/python*/site-packages/copy-0.dist-info"))
-    assert {path.name for path in made.glob(".*")} <= {".gitignore"}
-    assert f"{made}/bin/python" in (made / "bin" / "pip").read_text()
-    where = run(["/bin/sh", "-c", '. .venv/bin/activate && echo "$VIRTUAL_ENV"'], cwd=copy)
-    assert where.stdout == f"{made}\n"
-
-
-def test_uv_installs_the_project_from_its_folder_whatever_the_user_prefers(copy: Path) -> None:
-    """An image may have such variables for other projects. The project itself has no hash."""
-    (copy / "backend.py").write_text(BACKEND)
-    (copy / "pyproject.toml").write_text(PYPROJECT)
-    (copy / "uv").write_text(f'#!/bin/sh\nexec {sys.executable} -m uv "$@"\n')
-    (copy / "uv").chmod(0o755)
-    (copy / "uv.toml").write_text('[pip]\nrequire-hashes = true\nprefix = "elsewhere"\n')
-    places = f"{copy}:{Path(sys.executable).resolve().parent}:/usr/bin:/bin"
-    environment = {"PATH": places, "HOME": str(copy), "UV_OFFLINE": "1", "UV_CONFIG_FILE": f"{copy}/uv.toml"}
-    environment |= {"UV_REQUIRE_HASHES": "1", "UV_NO_EDITABLE": "1", "UV_WORKING_DIR": "/"}
-    done = run([sys.executable, "scripts/show"], cwd=copy, env=environment)
-    assert done.stdout == f"{copy}/.venv []\n", done.stderr
-    assert "with uv" in done.stderr
-    assert list(copy.glob(".venv/lib/python*/site-packages/copy-0.dist-info"))
-
-
 def test_a_failed_set_up_shows_the_command_and_leaves_no_stamp(copy: Path) -> None:
     (copy / "requirements" / "dev.txt").write_text("no-such-package-at-all==1 --hash=sha256:00\n")
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(copy), "PIP_NO_INDEX": "1"}
