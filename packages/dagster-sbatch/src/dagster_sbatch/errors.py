@@ -48,8 +48,7 @@ def describe_instance_error(error: Exception) -> str:
 
     `error`: of `DagsterInstance.get`.
     """
-    text = str(error).partition("\n\nStack Trace:")[0]
-    return text.rpartition("PostProcessingError: ")[2]
+    return str(error).partition("\n\nStack Trace:")[0].rpartition("PostProcessingError: ")[2]
 
 
 def describe_at(

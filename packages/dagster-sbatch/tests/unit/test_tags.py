@@ -89,7 +89,7 @@ def test_a_run_that_came_to_no_step_has_only_inherited_tags(instance: dg.Dagster
     tags = {"deployment": "production_supercomputer", "site": "musica", "data_root": "/d"}
     runs: list[dg.DagsterRun] = []
     for _ in ("interrupted", "dies at once", "retry"):
-        former = {"parent_run_id": runs[-1].run_id, "root_run_id": runs[0].run_id} if runs else {}
+        former: Any = {"parent_run_id": runs[-1].run_id, "root_run_id": runs[0].run_id} if runs else {}
         run = dg.DagsterRun(job_name="job", tags=tags, **former)
         instance.add_run(run)
         if runs and not (by_person and len(runs) == 1):

@@ -33,8 +33,7 @@ from dagster_sbatch.setting_files import find_overridden
 from dagster_sbatch.text_file import read_text
 
 ANYONE = "--anyone-on-this-machine"
-SUPERSEDED = "Function `dev_command` is superseded"
-"""Begins a warning of Dagster, which recommends `dg dev` for `dagster dev`."""
+SUPERSEDED = "Function `dev_command` is superseded"  # begins a warning of Dagster, which recommends `dg dev`
 REFUSED = f"""\
 Dagster is not started: this machine is the login node (SLURM_EDGE_NODE_HOST=localhost).
 Its UI asks for no password. Every user of this node could open it, and start jobs in your name.
@@ -76,9 +75,9 @@ def main(project: Project) -> None:
 
 
 def check_files(root: Path) -> None:
-    """Raise ConfigurationError for a file that Dagster reads and cannot parse; without dagster.yaml, it retries no run."""
-    paths = [root / name for name in ("workspace.yaml", "pyproject.toml") if (root / name).exists()]
-    for path in (root / "dagster.yaml", *paths):
+    """Raise ConfigurationError for a file that Dagster cannot parse; without dagster.yaml, it would retry no run."""
+    others = (root / name for name in ("workspace.yaml", "pyproject.toml") if (root / name).exists())
+    for path in (root / "dagster.yaml", *others):
         text = read_text(path)
         try:
             found = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(io.StringIO(text))

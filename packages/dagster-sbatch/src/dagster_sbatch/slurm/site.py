@@ -115,11 +115,11 @@ def load_site(overrides: Mapping[str, Any], name: str) -> Site:
     try:
         return Site.model_validate(_merge(SITES.get(name, {}), overrides.get(name, {})))
     except ValidationError as error:
-        raise ConfigurationError(describe_at(error, lambda place: _key(name, *place), _keys_beside)) from None
-
-
-def _key(*path: int | str) -> str:
-    return "SUPERCOMPUTER_SITE_OVERRIDES" + "".join(f"[{part!r}]" for part in path if part != "[key]")
+        place = f"SUPERCOMPUTER_SITE_OVERRIDES[{name!r}]"
+        text = describe_at(
+            error, lambda keys: place + "".join(f"[{key!r}]" for key in keys if key != "[key]"), _keys_beside
+        )
+        raise ConfigurationError(text) from None
 
 
 def _merge(known: Mapping[str, Any], changes: Any) -> Any:

@@ -37,9 +37,7 @@ class Transport(paramiko.Transport):  # type: ignore[misc]  # paramiko has no ty
     """
 
     def __init__(self, hop: Hop, known: KnownHosts, sock: Any, **options: Any) -> None:
-        self._hop = hop
-        self._known = known
-        self._shown = b""
+        self._hop, self._known, self._shown = hop, known, b""
         super().__init__(sock, **options)
 
     @property
@@ -67,8 +65,7 @@ class _ShowUserKey(paramiko.AuthStrategy):  # type: ignore[misc]
 
     def __init__(self, hop: Hop, key: UserKey) -> None:
         super().__init__(ssh_config=paramiko.SSHConfig())
-        self._hop = hop
-        self._key = key
+        self._hop, self._key = hop, key
 
     def authenticate(self, transport: paramiko.Transport) -> None:
         """Log in; raises AuthenticationError if the server refused the key, SSHException if it did not answer."""
@@ -89,10 +86,8 @@ class _ShowUserKey(paramiko.AuthStrategy):  # type: ignore[misc]
         """Return the ways to log in that the server names; none if it does not answer."""
         try:
             transport.auth_none(self._hop.user)
-        except paramiko.BadAuthenticationType as error:
-            return list(error.allowed_types)
-        except (paramiko.SSHException, EOFError):
-            pass
+        except (paramiko.SSHException, EOFError) as error:
+            return list(getattr(error, "allowed_types", []))
         return []
 
 

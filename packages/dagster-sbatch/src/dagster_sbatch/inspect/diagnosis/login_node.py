@@ -93,9 +93,8 @@ def _room(facts: Facts, name: str) -> Room:
 
 def _is_short(room: Room) -> bool:
     """Return whether little room is left; unknown room is not short."""
-    return (room.kib is not None and room.kib < LEAST_FREE_KIB) or (
-        room.files is not None and room.files < LEAST_FREE_FILES
-    )
+    lefts = (room.kib, LEAST_FREE_KIB), (room.files, LEAST_FREE_FILES)
+    return any(left is not None and left < least for left, least in lefts)
 
 
 def check_temporary_folder(facts: Facts) -> Finding:
