@@ -94,6 +94,21 @@ def test_a_head_whose_port_another_user_has_taken_is_never_published(head: node.
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can act as another user")
+def test_an_agent_whose_port_another_user_has_taken_ends_the_node(head: node.Node, tmp_path: Path) -> None:
+    """Its number is in the command line of the raylet, which starts before the agent."""
+    head._claims, head._folder = ports.claim_ports(4), tmp_path
+    port = [*head._claims][-1]
+    with bind(port, 12345) as thief:
+        assert thief.stdout
+        assert thief.stdout.readline() == "listens\n"
+        with pytest.raises(job_cluster.NodeError, match=f"a process of another user listens on port {port}"):
+            head._watch()
+        thief.communicate()
+    for claim in head._claims.values():
+        claim.close()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can act as another user")
 def test_a_dashboard_whose_port_another_user_has_taken_is_not_published(head: node.Node) -> None:
     """A browser would send the token of the cluster there."""
     ((dashboard, claim),) = ports.claim_ports(1).items()

@@ -136,8 +136,8 @@ def versions() -> dict[str, str]:
     return {"Ray": ray, "Python": platform.python_version()}
 
 
-def is_ours(port: int) -> bool:
-    """Return whether a process of this user listens on a TCP port of this node, and nobody else does."""
+def is_ours(port: int) -> bool | None:
+    """Return whether a process of this user listens on a port of this node, and nobody else; None: no process does."""
     owners = set()
     for table in _TABLES:
         with suppress(FileNotFoundError):  # no IPv6 here
@@ -145,7 +145,7 @@ def is_ours(port: int) -> bool:
                 _, local, _, connection, *_, owner = line.split()[:8]
                 if connection == _LISTENING and int(local.rpartition(":")[2], 16) == port:
                     owners.add(int(owner))
-    return owners == {os.getuid()}
+    return owners == {os.getuid()} if owners else None
 
 
 def check_ports(arguments: Iterable[str]) -> None:

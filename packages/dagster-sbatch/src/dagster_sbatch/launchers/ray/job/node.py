@@ -203,7 +203,12 @@ class Node:
         """
         assert self._folder
         names = {pid: process_name(pid) for pid in children().get(os.getpid(), [])}
+        agent = [*self._claims][3]
         while True:
+            if agent and (ours := is_ours(agent)) is not None:
+                if not ours:  # the raylet sends the token of the cluster there, and does not ask whose process it is
+                    raise NodeError(f"a process of another user listens on port {agent}, which was reserved for Ray")
+                agent = 0
             dead = {names[pid]: code for pid, code in reap() if pid in names}
             if dead:
                 raise NodeError(describe_death(dead, self._folder / RAY_FOLDER / "session_latest" / "logs"))
