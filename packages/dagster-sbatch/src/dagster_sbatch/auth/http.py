@@ -69,12 +69,9 @@ def public_trust() -> ssl.SSLContext:
     Raises AccessError: the file is missing, cannot be read, or holds no certificate.
     """
     context, variable = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), trust_variable()
-    if variable == "SSL_CERT_DIR":
-        context.load_verify_locations(capath=os.environ[variable])
-        return context
     path = os.environ[variable] if variable else certifi.where()
     try:
-        context.load_verify_locations(path)
+        context.load_verify_locations(**{"capath" if variable == "SSL_CERT_DIR" else "cafile": path})
     except OSError as error:
         why = "it holds no certificate in PEM format" if isinstance(error, ssl.SSLError) else error.strerror
         raise AccessError(

@@ -122,13 +122,11 @@ def load_site(overrides: Mapping[str, Any], name: str) -> Site:
         raise ConfigurationError(text) from None
 
 
-def _merge(known: Mapping[str, Any], changes: Any) -> Any:
+def _merge(known: Any, changes: Any) -> Any:
     if not isinstance(changes, Mapping):
         return changes
-    merged = {**known}
-    for key, value in changes.items():
-        old = known.get(key)
-        merged[key] = _merge(old if isinstance(old, Mapping) else {}, value)
+    old = known if isinstance(known, Mapping) else {}
+    merged = {**old, **{key: _merge(old.get(key), value) for key, value in changes.items()}}
     return {key: value for key, value in merged.items() if value is not None}
 
 

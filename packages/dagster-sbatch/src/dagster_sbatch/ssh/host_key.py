@@ -162,14 +162,9 @@ def _is_hash_of(hashed: str, name: str) -> bool:
 
 def _matches_patterns(patterns: str, name: str) -> bool:
     """Return whether a name matches a list of patterns with `*`, `?` and `!`, as in ssh_config(5) under PATTERNS."""
-    found = False
-    for pattern in patterns.lower().split(","):
-        text = re.escape(pattern.removeprefix("!")).replace(r"\*", ".*").replace(r"\?", ".")
-        if re.fullmatch(text, name):
-            if pattern.startswith("!"):
-                return False
-            found = True
-    return found
+    texts = {each: re.escape(each.removeprefix("!")).replace(r"\*", ".*") for each in patterns.lower().split(",")}
+    found = [each for each, text in texts.items() if re.fullmatch(text.replace(r"\?", "."), name)]
+    return bool(found) and not any(each.startswith("!") for each in found)
 
 
 def check(blob: bytes, host: str, port: int, known: KnownHosts) -> None:
