@@ -77,6 +77,9 @@ def test_a_step_of_a_re_execution_is_the_same_one_under_its_other_name(instance:
 
 def test_the_job_of_an_interrupted_step_is_found_under_its_other_name(instance: dg.DagsterInstance) -> None:
     root = make(instance, *ALL, killed=True)
+    for step in ("both", "both_2"):
+        start = dg.DagsterEvent(dg.DagsterEventType.STEP_START.value, "all", step_key=step)
+        instance.report_dagster_event(start, root)
     instance.add_run_tags(root, {"slurm_job/both": "78", "slurm_job/both_2": "79"})
     make(instance, "b", parent=root)
     assert earlier_job(contexts[0]) == ("79", True)
