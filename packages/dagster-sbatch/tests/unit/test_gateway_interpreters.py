@@ -83,6 +83,9 @@ def test_it_is_asked_again_after_a_day(interpreter: Interpreter, request_of_it: 
     memory.write_text(json.dumps({**known, "at": known["at"] - REMEMBERED}))
     choose(request_of_it)
     assert interpreter.asked == 2
+    memory.write_text(json.dumps({**known, "at": known["at"] + 3600}))  # the clock was ahead, perhaps by months
+    choose(request_of_it)
+    assert interpreter.asked == 3
 
 
 def test_before_the_first_deployment_nothing_is_remembered(

@@ -71,11 +71,11 @@ def test_jobs_are_compared_with_the_history_of_the_project(tmp_path: Path, monke
 
 
 def runs_of(*jobs: tuple[str, str, str, list[str]]) -> Runs:
-    """Each with its key, its job, the run that submitted it, and its followers."""
+    """Each with its key, its job, the run that submitted it, and its followers; the latest one last."""
     rows: list[dict[str, Any]] = [
-        {"run": f"/runs/{key}", "job": number, "at": 1.0, "end": None, "array": False, "followers": followers,
+        {"run": f"/runs/{key}", "job": number, "at": at, "end": None, "array": False, "followers": followers,
          "about": {"run": run, "root": run, "asset": "a", "partitions": ""}}
-        for key, number, run, followers in jobs
+        for at, (key, number, run, followers) in enumerate(jobs)
     ]  # fmt: skip
     gateway: Any = SimpleNamespace(runs=lambda _: rows)
     return Runs(gateway, Settings())
@@ -96,6 +96,13 @@ def test_a_job_id_is_not_the_beginning_of_a_run_id() -> None:
     runs = runs_of(("a-1", "123456", "f0f0f0f0", []), ("b-1", "123457", "12345678", []))
     assert [run.key for run in runs.find("123456")] == ["a-1"]
     assert [run.key for run in runs.find("1234567")] == ["b-1"]
+
+
+def test_a_job_id_that_slurm_has_used_again_names_the_latest_run() -> None:
+    """A controller that has lost its state begins with the first id; all other names of the older run still work."""
+    runs = runs_of(("b-1", "17", "f0f0f0f0", ["f0f0f0f0"]), ("a-1", "17", "beef0000", ["beef0000"]))
+    assert job.one(runs.find("17"), "17").key == "a-1"
+    assert [run.key for name in ("b-1", "f0f0f0") for run in runs.find(name)] == ["b-1", "b-1"]
 
 
 @pytest.mark.parametrize(

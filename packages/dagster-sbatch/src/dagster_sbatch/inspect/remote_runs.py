@@ -64,12 +64,12 @@ class Runs:
         return sorted(map(RunRecord.parse, self.gateway.runs(self.folder)), key=lambda run: run.changed)
 
     def find(self, name: str) -> list[RunRecord]:
-        """Return the runs of that name: a Slurm job id, the beginning of a Dagster run id, or a submission key.
+        """Return the runs of that name: a Slurm job id (its latest run), the beginning of a Dagster run id, or a key.
 
         Raises ConfigurationError: there is none.
         """
         runs = self.all()
-        found = [run for run in runs if name in (run.job, run.key)]
+        found = [run for run in runs if name in (run.job, run.key)][-1:]
         if not found and len(name) >= SHORTEST_ID:
             found = [run for run in runs if any(each.startswith(name) for each in run.followers)]
         if not found:

@@ -87,7 +87,7 @@ def choose(ask):
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     path = os.path.join(ask["folder"], ".interpreter-%s.json" % key)
     known = load(path, "found", "stamp", "at")
-    if known and time.time() - known["at"] < REMEMBERED and known["stamp"] == stamp(ask, known["found"]):
+    if known and 0 <= time.time() - known["at"] < REMEMBERED and known["stamp"] == stamp(ask, known["found"]):
         return known["found"]
     found = probe(ask)
     with contextlib.suppress(OSError):  # nothing was deployed yet, or the disk is full: the next request probes again
