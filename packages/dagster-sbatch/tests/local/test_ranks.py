@@ -51,7 +51,7 @@ FAILURES: dict[str, tuple[str, SrunLauncher, list[str]]] = {
     "raises, and others fail as a result": (
         RANK
         + "    if rank == 2: raise ValueError('boom')\n"
-        + "    while not pathlib.Path('rank-failure-0').exists(): time.sleep(0.02)\n"
+        + "    while not [*pathlib.Path().glob('rank-failure-*')]: time.sleep(0.02)\n"
         + "    raise ConnectionError('rank 2 is gone')\n",
         SrunLauncher(),
         ["rank 2 on ", " ended with exit code 1: ValueError: boom", "Last lines of stderr of rank 2:\nTraceback"],

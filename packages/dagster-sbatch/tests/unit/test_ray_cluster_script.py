@@ -21,14 +21,14 @@ def run_cluster_script(
 ) -> subprocess.CompletedProcess[str]:
     """Run a text of cluster.sh in a folder, as the job script does, with a sham srun and scontrol."""
     programs = folder / "bin"
-    programs.mkdir()
+    programs.mkdir(exist_ok=True)
     for name, script in (("srun", srun), ("scontrol", scontrol)):
         (programs / name).write_text(f"#!/bin/bash\n{script}\n")
         (programs / name).chmod(0o755)
-    (folder / "ray").mkdir()
+    (folder / "ray").mkdir(exist_ok=True)
     (folder / "ray/watch.py").write_text("import pathlib, time\npathlib.Path('watching').touch()\ntime.sleep(60)\n")
     (folder / "cluster.sh").write_text(text)
-    script = f'run_python() {{ exec "$PYTHON" "$@"; }}; {functions}; . ./cluster.sh 1 program.py'
+    script = f'began=$(date +%s.%N); run_python() {{ exec "$PYTHON" "$@"; }}; {functions}; . ./cluster.sh 1 program.py'
     environment = {"PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "PYTHON": sys.executable}
     return subprocess.run(
         ["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False
@@ -48,6 +48,15 @@ def test_the_heads_file_is_there_before_any_node_asks_for_it(tmp_path: Path) -> 
     )
     assert done.returncode == 1
     assert "head.json" in (tmp_path / "seen").read_text()
+
+
+def test_a_job_that_starts_again_uses_nothing_of_its_former_start(tmp_path: Path) -> None:
+    """Also if Slurm does not know that it has started before: its controller has lost the latest state."""
+    text = (JOB / "cluster.sh").read_text()
+    for code in (3, 4):
+        run_cluster_script(tmp_path, text, f'ls "$RAY_JOB_STATE" >seen; touch "$RAY_JOB_STATE/left"; exit {code}')
+        assert (tmp_path / "cause").read_text().startswith("Ray: srun ended with exit code ")
+        assert "left" not in (tmp_path / "seen").read_text()
 
 
 def test_the_names_of_the_nodes_are_there_for_the_workload_and_an_error_of_slurm_is_the_cause(tmp_path: Path) -> None:

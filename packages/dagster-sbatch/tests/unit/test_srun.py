@@ -91,6 +91,23 @@ def test_a_rank_that_srun_has_ended_is_not_the_cause(tmp_path: Path) -> None:
     assert found == (137, "sh ended with exit code 137: srun: error: n2: task 1: Killed")
 
 
+def test_a_job_that_starts_again_does_not_have_the_failure_of_its_former_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if Slurm does not know that it has started before: its controller has lost the latest state."""
+
+    def run_job(_: object, failure: Path, __: object) -> tuple[int, str]:
+        assert not failure.exists()
+        failure.touch()
+        return 1, "a cause"
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MASTER_PORT", "1")  # the program sets it in this process
+    monkeypatch.setattr(ranks, "run_job", run_job)
+    monkeypatch.setattr(sys, "argv", ["ranks.py", "job", "--wait=600", "true"])
+    assert [ranks.main(), ranks.main()] == [1, 1]
+
+
 @pytest.mark.parametrize("text", ["", '{"rank": '])
 def test_a_failure_that_cannot_be_read_leaves_the_words_of_srun(text: str, tmp_path: Path) -> None:
     failure = tmp_path / "failure"

@@ -1,5 +1,5 @@
-# shellcheck shell=bash
-# Run a Ray cluster on the nodes of the allocation, with the workload as its driver. The job script, which defines
+# shellcheck shell=bash disable=SC2154
+# Run a Ray cluster on the nodes of the allocation; the workload is its driver. The job script, which defines `began`,
 # run_workload, run_python and pre_start, sources this file with the number of words of the workload's command, these
 # words, and the options of srun that describe the nodes.
 workload=("${@:2:$1}")
@@ -11,8 +11,8 @@ fi
 
 # A login shell may have set these for another cluster.
 unset RAY_ADDRESS RAY_API_SERVER_ADDRESS RAY_AUTH_TOKEN RAY_NAMESPACE RAY_REDIS_ADDRESS RAY_TMPDIR
-# A requeued job gets a new folder, because the old one has the address of the old cluster.
-RAY_JOB_STATE=$PWD/ray/state-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
+# Each start has a new folder: the old one has the address of the old cluster. SLURM_RESTART_COUNT may miss a start.
+RAY_JOB_STATE=$PWD/ray/state-$began
 export RAY_JOB_STATE RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$RAY_JOB_STATE/token RAY_USAGE_STATS_ENABLED=0
 # head.json and cause exist before any node asks for them: an NFS client may repeat "no such file" for a minute.
 make_state() {

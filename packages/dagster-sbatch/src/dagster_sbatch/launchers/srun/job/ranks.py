@@ -60,7 +60,7 @@ def main() -> int:
     if role == "local":
         os.chdir("..")
     Path(WORK).mkdir(exist_ok=True)
-    failure = Path(f"rank-failure-{os.environ.get('SLURM_RESTART_COUNT', '0')}").absolute()
+    failure = Path(f"rank-failure-{time.time_ns()}").absolute()  # not that of a former start
     ((port, claim),) = claim_ports(1).items()
     with claim:
         os.environ["MASTER_PORT"] = str(port)
