@@ -179,7 +179,7 @@ class CostsStory:
         expect(failure.get_by_text("SLURM_KEEP_WITHIN_BUDGET is set, so nothing is submitted.")).to_be_visible()
         upper = failure.bounding_box()
         assert upper
-        take(page, "budget-refusal.png", self._pictures, {**upper, "height": 180})  # what follows are paths
+        take(page, "budget-refusal.png", self._pictures, {**upper, "height": 190})  # what follows are paths
 
     def _observe(self) -> dict[str, float]:
         """Execute the check, and return the numbers that it records."""
