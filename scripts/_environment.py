@@ -233,7 +233,7 @@ def _refuse_other_place(new: Path, installer: str) -> None:
     Raises:
         SystemExit: the environment has no package but pip.
     """
-    found = {path.name.split("-")[0] for path in new.glob("lib/python*/site-packages/*.dist-info")}
+    found = {path.name.split("-")[0] for path in new.glob("lib/*/*/*.dist-info")}
     if found <= {"pip", "setuptools"}:
         shutil.rmtree(str(new), ignore_errors=True)
         where = {
