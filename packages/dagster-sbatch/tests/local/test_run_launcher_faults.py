@@ -1,5 +1,6 @@
 """Ends of forked runs at awkward moments: each is reported once, and as what it is."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import psutil
 import pytest
 from dagster._core.launcher import LaunchRunContext
 from dagster._core.remote_origin import GrpcServerCodeLocationOrigin, RemoteJobOrigin, RemoteRepositoryOrigin
@@ -140,6 +142,20 @@ def test_a_server_that_can_never_fork_is_asked_once(runs: Runs, monkeypatch: pyt
     for run_id in ids:
         assert any("it has 2 threads" in entry.message for entry in runs.instance.all_logs(run_id))
     assert runs.log.count(": ready after ") == 1
+
+
+@pytest.mark.parametrize("python", ["true", "no-such-program"])
+def test_servers_that_end_leave_nothing_open(tmp_path: Path, python: str) -> None:
+    """A daemon that runs for months starts one per run: each ends when it has had no run for ten minutes."""
+    gc.collect()  # other tests' files, too
+    servers, before = ForkServers(tmp_path), psutil.Process().num_fds()
+    for _ in range(3):
+        with pytest.raises(ForkServerUnavailableError):
+            servers.fork(python, "a-run", "{}")
+    assert psutil.Process().num_fds() <= before + 1
+    del servers
+    gc.collect()
+    assert psutil.Process().num_fds() <= before
 
 
 @pytest.mark.parametrize(

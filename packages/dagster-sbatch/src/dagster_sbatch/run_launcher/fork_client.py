@@ -115,8 +115,9 @@ class ForkServers:
         """`folder`: of their log."""
         self._folder = folder
         self._lock = threading.Lock()  # threads that launch runs at once share a server
-        self._controls: dict[object, socket.socket] = {}  # to each server
+        self._controls: dict[object, socket.socket] = {}  # to each server; without it, one ends with its last run
         self._unfit: dict[object, tuple[float, str]] = {}
+        weakref.finalize(self, lambda controls: [*map(socket.socket.close, controls.values())], self._controls)
 
     def fork(self, executable: str, run_id: str, arguments: str) -> ForkedProcess:
         """Return a new process that waits to execute a run.
@@ -167,21 +168,20 @@ class ForkServers:
             try:
                 socket.send_fds(self._controls[key], [b"."], [connection.fileno()])
             except (KeyError, ConnectionError):
-                self._controls[key] = self._start(executable)
+                self._start(key, executable)
                 socket.send_fds(self._controls[key], [b"."], [connection.fileno()])
 
-    def _start(self, executable: str) -> socket.socket:
-        """Start a server, and return the connection to it. What is sent at once waits until it has imported Dagster."""
+    def _start(self, key: object, executable: str) -> None:
+        """Start a server, in place of one that has ended. What it is sent waits until it has imported Dagster."""
         self._folder.mkdir(parents=True, exist_ok=True)
         control, theirs = socket.socketpair()
-        weakref.finalize(self, control.close)  # then the server ends with its last run
         control.settimeout(ANSWER_SECONDS)
-        with theirs:
+        with theirs, self._controls.get(key, theirs):
+            self._controls[key] = control
             number = theirs.fileno()
             command = [executable, fork_server.__file__, str(number), str(self._folder)]
             server = subprocess.Popen(command, pass_fds=[number], env=dict(os.environ), stdin=subprocess.DEVNULL)
         threading.Thread(target=server.wait, daemon=True).start()  # reaps the server, which may outlive this process
-        return control
 
 
 def _key(executable: str) -> object:
