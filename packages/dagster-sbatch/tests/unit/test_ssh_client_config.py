@@ -92,7 +92,7 @@ def test_the_config_is_read_as_openssh_reads_it(config: Path, host: str) -> None
 
 @pytest.mark.parametrize(
     ("value", "files"),
-    [('"/k h"', ["/k h"]), ('"/k h" "/kh 2"', ["/k h", "/kh 2"]), ("/kh none", ["/kh"])],
+    [('"/k h"', ["/k h"]), ('"/k h" "/kh 2"', ["/k h", "/kh 2"]), ("/kh none", ["/kh"]), ("/a-file", ["/a-file"])],
 )
 def test_the_files_of_known_hosts(config: Path, value: str, files: list[str]) -> None:
     """`ssh -G` prints them without quotation marks."""

@@ -158,7 +158,7 @@ def _without_ignored(file: Path) -> str:
         elif word == "host":
             in_match = False
         if word == "userknownhostsfile":  # paramiko drops the first and the last quotation mark of its list
-            line = re.sub(r"(?<=file)[\s=]*(.*?)\s*$", r' "\1"', line, flags=re.IGNORECASE)
+            line = re.sub(r"(?<=file)[\s=]*(.*?)\s*$", r' "\1"', line, count=1, flags=re.IGNORECASE)
         if word == "host" or (word in _READ | _REPORTED and not in_match):
             kept.append(line)
     return "\n".join(kept)
