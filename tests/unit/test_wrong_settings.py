@@ -176,6 +176,7 @@ def test_dev_does_not_start_without_its_dagster_yaml(tmp_path: Path, monkeypatch
         ("dagster.yaml", b"\tnux: {}\n", "in {path}, line 1, column 1$"),
         ("dagster.yaml", b"nux: \x07\n", "{path}: unacceptable character"),
         ("dagster.yaml", b"nux: \xe4\n", "{path} cannot be read: line 1 is not in UTF-8"),
+        ("dagster.yaml", b"nux: 2026-13-01\n", "{path}: month must be in 1..12"),
         ("dagster.yaml", b"# nothing\n", "{path} is empty, or"),
         ("dagster.yaml", b"- nux\n", "{path} is empty, or"),
         ("workspace.yaml", b"load_from: {\n", "in {path}, line 2, column 1$"),

@@ -81,7 +81,7 @@ def check_files(root: Path) -> None:
         text = read_text(path)
         try:
             found = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(io.StringIO(text))
-        except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
+        except (ValueError, yaml.YAMLError) as error:  # ValueError: also of a date
             raise ConfigurationError(f"{path}: {error}".replace('"<file>"', str(path))) from None
         if not isinstance(found, dict):
             raise ConfigurationError(f"{path} is empty, or has something other than `name: value`. Restore it.")
