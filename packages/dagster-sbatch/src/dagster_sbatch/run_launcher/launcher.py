@@ -1,6 +1,5 @@
 """The run launcher that Dagster loads: it asks a fork server for each run's process."""
 
-import ipaddress
 import socket
 import sys
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from dagster._serdes import serialize_value
 from dagster._serdes.config_class import ConfigurableClassData
 
 from dagster_sbatch.run_launcher.fork_client import ForkServers, ForkServerUnavailableError, RunProcess
+from dagster_sbatch.settings import is_loopback
 
 CAN_FORK = sys.platform == "linux"
 """Elsewhere runs are started as Dagster does by default: macOS's libraries do not survive a fork, Windows has none."""
@@ -167,7 +167,4 @@ def _is_elsewhere(run: dg.DagsterRun) -> bool:
     origin = run.remote_job_origin.repository_origin.code_location_origin if run.remote_job_origin else None
     if not isinstance(origin, GrpcServerCodeLocationOrigin) or origin.socket:
         return False
-    try:
-        return not ipaddress.ip_address(origin.host).is_loopback
-    except ValueError:
-        return origin.host not in {"localhost", socket.gethostname(), socket.getfqdn()}
+    return not is_loopback(origin.host) and origin.host not in {socket.gethostname(), socket.getfqdn()}
