@@ -95,7 +95,9 @@ def test_a_workload_that_is_terminated_may_save_its_state(tmp_path: Path) -> Non
         (tmp_path / "go").touch()
         job.wait(60)
     assert (tmp_path / "saved").exists()
-    assert [event["code"] for event in read_events(tmp_path)[1:]] == [None, None]
+    # Twice or more: a signal that comes just after a fork of bash runs the trap in the new shell as well.
+    codes = [event["code"] for event in read_events(tmp_path)[1:]]
+    assert codes[:2] == [None, None] and set(codes) == {None}
 
 
 @pytest.mark.parametrize("seed", range(200 if STRESS else 5))
