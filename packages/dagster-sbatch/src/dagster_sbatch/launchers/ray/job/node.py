@@ -203,7 +203,7 @@ class Node:
         """
         assert self._folder
         names = {pid: process_name(pid) for pid in children().get(os.getpid(), [])}
-        agent = [*self._claims][3]
+        _, _, _, agent, *_ = self._claims  # the port of the runtime environment agent, in the order of `_arguments`
         while True:
             if agent and (ours := is_ours(agent)) is not None:
                 if not ours:  # the raylet sends the token of the cluster there, and does not ask whose process it is
