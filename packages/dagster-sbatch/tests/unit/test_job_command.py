@@ -1,5 +1,7 @@
 """The command line of scripts/job."""
 
+import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -15,6 +17,7 @@ from dagster_sbatch.inspect import remote_runs
 from dagster_sbatch.inspect.remote_runs import Runs
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm.gateway import StoppedError
+from dagster_sbatch.slurm.gateway.agent import run_directories
 from support import ROOT
 
 
@@ -98,9 +101,20 @@ def test_a_job_id_is_not_the_beginning_of_a_run_id() -> None:
     assert [run.key for run in runs.find("1234567")] == ["b-1"]
 
 
-def test_a_job_id_that_slurm_has_used_again_names_the_latest_run() -> None:
-    """A controller that has lost its state begins with the first id; all other names of the older run still work."""
-    runs = runs_of(("b-1", "17", "f0f0f0f0", ["f0f0f0f0"]), ("a-1", "17", "beef0000", ["beef0000"]))
+def test_a_job_id_that_slurm_has_used_again_names_the_latest_run(tmp_path: Path) -> None:
+    """A controller that has lost its state begins with the first id; all other names of the older run still work.
+
+    Even if the directory of the older run has changed since.
+    """
+    for at, (key, run_id) in enumerate([("b-1", "f0f0f0f0"), ("a-1", "beef0000")], 1):
+        about = {"run": run_id, "root": run_id, "asset": "a", "partitions": ""}
+        run_directories.lay_out(str(tmp_path / key), {"about.json": json.dumps(about)})  # type: ignore[no-untyped-call]
+        (tmp_path / key / "job").symlink_to("17")
+        os.utime(tmp_path / key / "about.json", (at, at))
+        os.utime(tmp_path / key / "events", (5 - at, 5 - at))
+    gateway: Any = SimpleNamespace(runs=lambda _: run_directories.runs(None, {"runs": str(tmp_path)}, None)["found"])  # type: ignore[no-untyped-call]
+    runs = Runs(gateway, Settings())
+    assert [run.key for run in runs.all()] == ["a-1", "b-1"]
     assert job.one(runs.find("17"), "17").key == "a-1"
     assert [run.key for name in ("b-1", "f0f0f0") for run in runs.find(name)] == ["b-1", "b-1"]
 

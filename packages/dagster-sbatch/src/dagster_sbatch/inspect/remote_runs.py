@@ -68,7 +68,7 @@ class Runs:
 
         Raises ConfigurationError: there is none.
         """
-        runs = self.all()
+        runs = [RunRecord.parse(row) for row in self.gateway.runs(self.folder)]  # by the time of their submission
         found = [run for run in runs if name in (run.job, run.key)][-1:]
         if not found and len(name) >= SHORTEST_ID:
             found = [run for run in runs if any(each.startswith(name) for each in run.followers)]

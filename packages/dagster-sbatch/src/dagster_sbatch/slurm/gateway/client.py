@@ -154,7 +154,7 @@ class Gateway(Link):
         return self.ask(do="shared_queue.queue", runs=runs)
 
     def runs(self, runs: str) -> list[Mapping[str, Any]]:
-        """Return every run in the folder: `run` (path), `about`, `job`, `end` (None: unknown), `at` (last event)."""
+        """Return every run in the folder, oldest first: `run` (path), `about`, `job`, `end` (None: unknown), `at`."""
         return list(self.ask(do="run_directories.runs", runs=runs)["found"])
 
     def reject(self, run: str, task: int | None = None) -> None:

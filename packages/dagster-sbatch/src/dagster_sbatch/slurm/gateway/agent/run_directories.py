@@ -214,7 +214,7 @@ def attempt(_, ask, __):
 
 
 def runs(_, ask, __):
-    """Return all that is known of every run without asking Slurm."""
+    """Return all that is known of every run without asking Slurm; the oldest run comes first."""
     folder, found = ask["runs"], []
     for name in sorted(names_in(folder)):
         run = os.path.join(folder, name)
@@ -223,13 +223,13 @@ def runs(_, ask, __):
             try:
                 changed = (FOLDER, ENDS) if is_array(run) else (EVENTS,)
                 at = max(os.stat(os.path.join(run, name)).st_mtime for name in changed if has(run, name))
-                followers = followers_of(run)
+                followers, made = followers_of(run), os.stat(os.path.join(run, "about.json")).st_mtime
             except (FileNotFoundError, ValueError):  # it is being removed
                 continue
             end = load(os.path.join(run, END), "state", "exit", "times")
             row = {"run": run, "job": job_of(run), "about": about, "end": end, "at": at, "followers": followers}
-            found.append(dict(row, array=is_array(run)))
-    return {"found": found}
+            found.append((made, run, dict(row, array=is_array(run))))
+    return {"found": [row for _, _, row in sorted(found)]}
 
 
 def task_counts(_, ask, __):
