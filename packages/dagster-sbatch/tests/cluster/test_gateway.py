@@ -283,12 +283,12 @@ def test_a_login_node_on_which_no_python_starts_is_an_error(site: SimulatedSite,
 
 
 def test_slurm_that_only_login_shells_find(site: SimulatedSite, settings: Settings) -> None:
-    """P-17: and a Python that is there and does not start."""
+    """P-17: and a Python that is there and does not start. bash in POSIX mode would read no profile."""
     site.run_on_login(
         CERTIFICATE_USER,
         "mkdir bin; ln -s /usr/bin/* bin; rm bin/sbatch bin/squeue bin/scontrol bin/scancel bin/sacct; "
         f"printf '{BROKEN_PYTHON}' > bin/broken; chmod +x bin/broken; echo 'PATH=~/bin' >> .bashrc; "
-        "echo 'PATH=/usr/bin:/bin; cat >/dev/null' > .bash_profile",
+        "echo 'export POSIXLY_CORRECT=1' >> .bashrc; echo 'PATH=/usr/bin:/bin; cat >/dev/null' > .bash_profile",
     )
     gateway = Gateway(choose_channel(settings, ["broken", "python3"], ensure_certificate))
     run = Run("echo works")

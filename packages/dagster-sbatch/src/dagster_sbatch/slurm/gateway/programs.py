@@ -91,7 +91,7 @@ def for_any_shell(script: str) -> str:
 def after_login_profile(setup: Sequence[str], script: str) -> str:
     """Return a line of /bin/sh that runs a script of bash after the login profile and a site's setup commands.
 
-    Only login shells have `module`. Neither the profile nor a setup command can read the standard input.
+    Only login shells have `module`; with POSIXLY_CORRECT they read no profile. The script alone reads the stdin.
     """
     text = "\n".join([*setup, "exec <&3 3<&-", script])
-    return f"exec /bin/bash -l -c {shlex.quote(text)} bash 3<&0 </dev/null"
+    return f"exec env -u POSIXLY_CORRECT /bin/bash -l -c {shlex.quote(text)} bash 3<&0 </dev/null"
