@@ -42,7 +42,7 @@ class Site:
 
     def say(self, *records: str, before: str = "true") -> None:
         """Have scontrol show these when it is asked; `before`: a command that runs each time before that."""
-        put(self.slurm, "scontrol", f"echo >>{self.asked}; {before}; {lines(*records)}")
+        put(self.slurm, "scontrol", f"echo >>'{self.asked}'; {before}; {lines(*records)}")
 
     def wait_until_asked(self) -> None:
         before = self.asked.stat().st_size if self.asked.exists() else 0

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 
 import pytest
 
@@ -14,7 +15,7 @@ from support.step import kill_all
 
 SBATCH = """\
 cd {jobs} && id=$((17 + $(ls | wc -l))) && mkdir $id && basename "$3" >$id/name && cd "$3" || exit
-SLURM_JOB_ID=$id setsid sh -c 'echo $$ >$1/pid; bash job.sh >>stdout 2>>stderr; touch $1/over' - {jobs}/$id \\
+SLURM_JOB_ID=$id setsid sh -c 'echo $$ >"$1/pid"; bash job.sh >>stdout 2>>stderr; touch "$1/over"' - {jobs}/$id \\
   </dev/null >/dev/null 2>&1 &
 echo $id"""
 SQUEUE = """\
@@ -39,7 +40,7 @@ class PlayedSlurm:
         self._jobs, self.runs = commands / "jobs", base / "runs"
         self._jobs.mkdir()
         for name, text in {"sbatch": SBATCH, "squeue": SQUEUE, "scontrol": SCONTROL, "scancel": SCANCEL}.items():
-            put(commands, name, text.format(jobs=self._jobs))
+            put(commands, name, text.format(jobs=quote(str(self._jobs))))
         put(commands, "sacct", "echo 'Slurm accounting storage is disabled' >&2; exit 1")
         self.variables = {
             "DAGSTER_DEPLOYMENT": "staging_supercomputer",

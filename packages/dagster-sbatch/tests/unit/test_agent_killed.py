@@ -29,18 +29,18 @@ def watch(event, args):
 """
 """Ends the agent before a step, which changes a file beside the runs or starts a command, unless the mark exists."""
 SBATCH = """\
-basename "$3" >>{slurm}/jobs
-echo "$3" >{slurm}/part && mv {slurm}/part {slurm}/run
+basename "$3" >>"{slurm}/jobs"
+echo "$3" >"{slurm}/part" && mv "{slurm}/part" "{slurm}/run"
 echo 17"""
 SQUEUE = """\
-case "$*" in *%F*) exec sed 's/^/17|/' {slurm}/jobs ;; esac
-SLURM_JOB_ID=17 setsid sh -c 'mv {slurm}/run {slurm}/begun || exit; cd "$(cat {slurm}/begun)"
-bash job.sh >>stdout; echo >{slurm}/over' </dev/null >/dev/null 2>&1 &"""
+case "$*" in *%F*) exec sed 's/^/17|/' "{slurm}/jobs" ;; esac
+SLURM_JOB_ID=17 setsid sh -c 'mv "{slurm}/run" "{slurm}/begun" || exit; cd "$(cat "{slurm}/begun")"
+bash job.sh >>stdout; echo >"{slurm}/over"' </dev/null >/dev/null 2>&1 &"""
 """The job begins when an agent that follows it asks for the queue: before, only Slurm knows of it. An agent that ends
 kills its squeue; the job begins in a session of its own, or with the next squeue."""
 SCONTROL = """\
-[ -e {slurm}/over ] && state=COMPLETED || state=RUNNING
-echo "JobName=$(head -n 1 {slurm}/jobs) JobState=$state ExitCode=0:0 SubmitTime=1 StartTime=1 EndTime=2" """
+[ -e "{slurm}/over" ] && state=COMPLETED || state=RUNNING
+echo "JobName=$(head -n 1 "{slurm}/jobs") JobState=$state ExitCode=0:0 SubmitTime=1 StartTime=1 EndTime=2" """
 
 
 def files_of(name: str) -> dict[str, str]:

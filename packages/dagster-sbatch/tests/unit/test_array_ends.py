@@ -176,7 +176,7 @@ def test_a_task_that_was_killed_has_no_exit_code(site: Site, prepare: Prepare, f
         json.dumps({"code": 0, "time": now, "sizes": {"messages.jsonl": 0, "stdout": 5, "stderr": 0}}) + "\n"
     )
     task = site.run / "tasks" / "1"
-    appear = f"[ -e {late} ] && echo late >>{task}.stdout && cat {late} >>{task}/events && rm {late}"
+    appear = f"[ -e '{late}' ] && echo late >>'{task}.stdout' && cat '{late}' >>'{task}/events' && rm '{late}'"
     answer = lines(record("0-1", "COMPLETED", str(now)), record("2", "FAILED", str(now)))
     put(site.slurm, "scontrol", f"{appear}; {answer}")
     site.end(0)
@@ -237,7 +237,7 @@ def test_a_task_that_runs_again_is_followed_again(
 
 def test_slurm_that_is_down_ends_no_task(site: Site, prepare: Prepare, follow: Follow) -> None:
     told: list[str] = []
-    put(site.slurm, "scontrol", f"echo >>{site.asked}; {AWAY}")
+    put(site.slurm, "scontrol", f"echo >>'{site.asked}'; {AWAY}")
     seen = follow(site, prepare(HURRIED, told))
     for index in range(3):
         site.start(index)

@@ -94,8 +94,8 @@ def test_a_centre_without_accounting_names_no_limit_of_submitted_jobs(slurm: Pat
 
 
 SLEEPS = """\
-if [ -e {mark} ]; then echo 17; exit; fi
-touch {mark}
+if [ -e '{mark}' ]; then echo 17; exit; fi
+touch '{mark}'
 echo '{says}' >&2
 exec sleep 5"""
 WAITS = "sbatch: error: Slurm temporarily unable to accept job, sleeping and retrying"
@@ -210,8 +210,8 @@ def test_some_tasks_are_cancelled_by_one_command(prepare: Prepare, slurm: Path, 
     (run / "job").symlink_to("17")
     times = "SubmitTime=1 StartTime=Unknown EndTime=3"
     waits, cancelled = (f"{record.format('0-5', state)} {times}" for state in ("PENDING", "CANCELLED"))
-    put(slurm, "scontrol", f"[ -e {tmp_path}/scancel ] && echo '{cancelled}' || echo '{waits}'")
-    put(slurm, "scancel", f'echo "$@" >>{tmp_path}/scancel')
+    put(slurm, "scontrol", f"[ -e '{tmp_path}/scancel' ] && echo '{cancelled}' || echo '{waits}'")
+    put(slurm, "scancel", f'echo "$@" >>"{tmp_path}/scancel"')
     ends = prepare().cancel_tasks(str(run), [4, 1, 2])
     assert {index: end.state for index, end in ends.items()} == dict.fromkeys((1, 2, 4), "CANCELLED")
     assert (tmp_path / "scancel").read_text().split()[-3:] == ["--name", "KEY-1", "17_[1-2,4]"]
@@ -245,7 +245,7 @@ def test_whoever_only_reads_the_output_of_a_run_does_not_submit_it(
     run.parent.mkdir(mode=0o700)
     files = files_of(PROJECT.load_site("musica"), "KEY-1", "true", 3) if array else {"job.sh": "#!/bin/sh\n"}
     run_directories.lay_out(str(run), files)
-    put(slurm, "sbatch", f"touch {tmp_path}/submitted; echo 17")
+    put(slurm, "sbatch", f"touch '{tmp_path}/submitted'; echo 17")
     gateway.ping()  # it is connected
     threading.Timer(0.3, gateway.stop.set).start()
     with pytest.raises(StoppedError):

@@ -42,7 +42,7 @@ class Job:
         """Let Slurm show this state, once: squeue does not answer afterwards."""
         put(self.slurm, "scontrol", f"echo '{RECORD.format(state=state)}'")
         asked = self.run.parent / f"asked-{time.monotonic_ns()}"
-        put(self.slurm, "squeue", f"[ ! -e {asked} ] || exit 1; touch {asked}; {QUEUE.format(state=state)}")
+        put(self.slurm, "squeue", f"[ ! -e '{asked}' ] || exit 1; touch '{asked}'; {QUEUE.format(state=state)}")
 
     def write(self, **event: object) -> None:
         with (self.run / "events").open("a") as file:
@@ -109,7 +109,7 @@ def test_tasks_that_start_and_wait_to_run_again(
 
         wait_until(lambda: counts()[-1:] == [(running, requeued)], f"{running, requeued}, not {counts()}", 10)
 
-    put(slurm, "squeue", f"[ ! -e {asked} ] || exit 1; touch {asked}; {queue}")
+    put(slurm, "squeue", f"[ ! -e '{asked}' ] || exit 1; touch '{asked}'; {queue}")
     seen = follow(site, prepare(HURRIED + UNSEEN))
     wait_until(asked.exists, "squeue is asked", 60)
     wait_for(0, 0)
@@ -139,6 +139,6 @@ def test_the_job_of_a_submission_without_an_answer_appears_late(
     (run / "tried").touch()
     os.utime(run / "tried", (time.time() + skew,) * 2)
     put(slurm, "sbatch", "echo 18")
-    put(slurm, "squeue", f"[ ! -e {asked} ] || echo '17|KEY'; touch {asked}")
+    put(slurm, "squeue", f"[ ! -e '{asked}' ] || echo '17|KEY'; touch '{asked}'")
     found = submit_run(prepare(LATE.format(skew=skew)), str(run), None)
     assert (found.job, found.how) == ("17", "found")

@@ -112,7 +112,7 @@ def test_a_job(seed: int, cut: MakeCut, slurm: Path, tmp_path: Path) -> None:
     (slurm / "jobs").touch()
     (tmp_path / "text").write_text(TEXT)
     runs, site = tmp_path / "runs", load_site({}, "musica")
-    each = f"for each in {MESSAGES} /dev/fd/2 /dev/fd/1; do cat {tmp_path}/text >>$each; sleep 0.02; done"
+    each = f"for each in {MESSAGES} /dev/fd/2 /dev/fd/1; do cat '{tmp_path}/text' >>$each; sleep 0.02; done"
     body = f"for part in {' '.join('1' * PARTS)}; do {each}; done"
     request = allocate(SlurmRequest(), site).request
     script = render_job_script(request, site, job_name="family-1", about={}, environment={}, body=body)

@@ -66,9 +66,9 @@ def test_a_job_that_could_not_be_recorded_is_cancelled(prepare: Prepare, slurm: 
         (run / name).touch()
     over, running = (f"JobName=KEY JobState={state} ExitCode=0:15 SubmitTime=1" for state in ("CANCELLED", "RUNNING"))
     times = "StartTime=Unknown EndTime=2"
-    put(slurm, "squeue", f"[ -e {tmp_path}/submitted ] && echo '17|KEY' || true")
-    put(slurm, "scontrol", f"[ -e {tmp_path}/scancel ] && echo '{over} {times}' || echo '{running} {times}'")
-    put(slurm, "scancel", f"touch {tmp_path}/scancel")
+    put(slurm, "squeue", f"[ -e '{tmp_path}/submitted' ] && echo '17|KEY' || true")
+    put(slurm, "scontrol", f"[ -e '{tmp_path}/scancel' ] && echo '{over} {times}' || echo '{running} {times}'")
+    put(slurm, "scancel", f"touch '{tmp_path}/scancel'")
     gateway = prepare(HURRIED + NO_INODES + "def spoil(): sys.modules['agent.jobs'].LATE = 0.5\n")
     with pytest.raises(RefusedError, match="Disk quota exceeded"):  # there is none, and nothing keeps one from coming
         gateway.cancel(str(run))

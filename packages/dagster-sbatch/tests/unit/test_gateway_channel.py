@@ -144,7 +144,7 @@ def test_a_login_shell_that_starts_no_agent_is_given_up(
 @pytest.mark.usefixtures("slurm")
 def test_a_login_profile_that_hangs_on_this_machine_ends_with_the_connection(tmp_path: Path) -> None:
     before = psutil.Process().children(recursive=True)
-    opened = choose_channel(SETTINGS, (), lambda _: None, setup=[f"echo $$ > {tmp_path}/shell; sleep 987"])()
+    opened = choose_channel(SETTINGS, (), lambda _: None, setup=[f"echo $$ > '{tmp_path}/shell'; sleep 987"])()
     wait_until((tmp_path / "shell").exists, "the profile hangs")
     opened.close()
     assert set(psutil.Process().children(recursive=True)) <= set(before)

@@ -157,9 +157,9 @@ def test_without_a_free_inode_the_end_is_seen_and_a_job_can_be_cancelled(
 ) -> None:
     """Also where squeue never answers: then Slurm is asked about the one job, and the step hears why."""
     run, told = lay_out(tmp_path), list[str]()
-    put(slurm, "squeue", f"cd {tmp_path}; {squeue}")
-    put(slurm, "scontrol", f"[ -e {tmp_path}/scancel ] && echo '{CANCELLED}' || echo '{RUNNING}'")
-    put(slurm, "scancel", f'echo "$@" >{tmp_path}/scancel')
+    put(slurm, "squeue", f"cd '{tmp_path}'; {squeue}")
+    put(slurm, "scontrol", f"[ -e '{tmp_path}/scancel' ] && echo '{CANCELLED}' || echo '{RUNNING}'")
+    put(slurm, "scancel", f'echo "$@" >"{tmp_path}/scancel"')
     follower, canceller = prepare(HURRIED + NO_INODES, told), prepare(HURRIED + NO_INODES)
     ends: list[JobEnd] = []
     thread = threading.Thread(target=lambda: ends.append(follow(follower, run, stdout=lambda _: None)), daemon=True)
@@ -179,8 +179,8 @@ def test_a_job_that_its_user_has_renamed_is_cancelled(
     run, renamed = lay_out(tmp_path), f"WorkDir={tmp_path}/runs/KEY"
     states = [f"{state.replace('JobName=KEY', 'JobName=mine')} {renamed}" for state in (CANCELLED, RUNNING)]
     said = ["\n".join([*others, state]) for state in states]
-    put(slurm, "scontrol", f"[ -e {tmp_path}/scancel ] && echo '{said[0]}' || echo '{said[1]}'")
-    put(slurm, "scancel", f'[ "$*" = "--user $(id -un) 17" ] && touch {tmp_path}/scancel')
+    put(slurm, "scontrol", f"[ -e '{tmp_path}/scancel' ] && echo '{said[0]}' || echo '{said[1]}'")
+    put(slurm, "scancel", f'[ "$*" = "--user $(id -un) 17" ] && touch "{tmp_path}/scancel"')
     cancelled = prepare(HURRIED).cancel(str(run))
     assert cancelled is not None
     assert cancelled.state == "CANCELLED"
@@ -209,9 +209,9 @@ def test_a_job_that_ends_slowly_delays_the_cancellation_of_no_other(
     runs = [lay_out(tmp_path / name, job) for name, job in (("slow", "17"), ("other", "18"), ("never", "19"))]
     (runs[2] / "job").unlink()
     slow = RUNNING.replace("RUNNING", "COMPLETING")
-    over = f"[ $(grep -c . {tmp_path}/scancel) = 2 ] && echo '{CANCELLED}'"
+    over = f"[ $(grep -c . '{tmp_path}/scancel') = 2 ] && echo '{CANCELLED}'"
     put(slurm, "scontrol", f"case $* in *17) echo '{slow}';; *) {over} || echo '{RUNNING}';; esac")
-    put(slurm, "scancel", f'echo "$@" >>{tmp_path}/scancel')
+    put(slurm, "scancel", f'echo "$@" >>"{tmp_path}/scancel"')
     outcomes: dict[str, JobEnd | RefusedError | None] = {}
     prepare(HURRIED).cancel_all(list(map(str, runs)), outcomes.__setitem__)
     assert list(outcomes)[-1] == str(runs[0])
@@ -227,8 +227,8 @@ def test_a_run_that_cannot_be_cancelled_delays_the_cancellation_of_no_other(
 ) -> None:
     (tmp_path / "file").touch()
     runs = [tmp_path / "file" / "KEY", lay_out(tmp_path)]
-    put(slurm, "scontrol", f"[ -e {tmp_path}/scancel ] && echo '{CANCELLED}' || echo '{RUNNING}'")
-    put(slurm, "scancel", f'echo "$@" >>{tmp_path}/scancel')
+    put(slurm, "scontrol", f"[ -e '{tmp_path}/scancel' ] && echo '{CANCELLED}' || echo '{RUNNING}'")
+    put(slurm, "scancel", f'echo "$@" >>"{tmp_path}/scancel"')
     outcomes: dict[str, JobEnd | RefusedError | None] = {}
     prepare(HURRIED).cancel_all(list(map(str, runs)), outcomes.__setitem__)
     refused, other = (outcomes[str(run)] for run in runs)

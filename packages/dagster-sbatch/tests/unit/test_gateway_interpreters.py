@@ -115,7 +115,7 @@ def test_production_refuses_an_environment_whose_interpreter_was_removed(
 
 SETUP = """\
 from dagster_sbatch.slurm.gateway.agent.interpreters import in_setup
-in_setup({"setup": []}, "sleep 300 & echo $$ $! >$1.part; mv $1.part $1; wait", PATH)
+in_setup({"setup": []}, "sleep 300 & echo $$ $! >\\"$1.part\\"; mv \\"$1.part\\" \\"$1\\"; wait", PATH)
 """
 
 
@@ -131,8 +131,12 @@ def test_what_an_agent_has_started_ends_with_it_however_it_ends(tmp_path: Path) 
 def test_the_news_of_a_login_profile_are_no_part_of_an_error(
     request_of_it: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the setup commands print may be the reason. A profile that ends the shell has said why."""
+    """What the setup commands print may be the reason. A profile that ends the shell has said why.
+
+    It is read although POSIXLY_CORRECT is set, as `.bashrc` may have done.
+    """
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("POSIXLY_CORRECT", "1")
     profile = tmp_path / ".bash_profile"
     profile.write_text("echo maintenance in 31 days\n")
     assert in_setup({"setup": ["echo no such stack"]}, "echo said; exit 3") == (3, "no such stack\nsaid\n")
@@ -148,7 +152,7 @@ def test_the_news_of_a_login_profile_are_no_part_of_an_error(
 def test_what_a_profile_leaves_in_the_background_is_not_waited_for(tmp_path: Path) -> None:
     """It has the same stdout, and ends with the command."""
     left = tmp_path / "left"
-    code, said = in_setup({"setup": [f"sleep 300 & echo $! >{left}"]}, "echo said; exit 3")
+    code, said = in_setup({"setup": [f"sleep 300 & echo $! >'{left}'"]}, "echo said; exit 3")
     assert (code, said) == (3, "said\n")
     wait_until(lambda: not is_running(int(left.read_text())), "its end", 60)
 
@@ -161,8 +165,8 @@ def test_a_daemon_that_a_profile_starts_is_not_waited_for_either(
     left = tmp_path / "left"
     monkeypatch.setattr(interpreters, "LAST_WORDS", 2.0)
     try:
-        daemon = f"setsid sh -c 'echo $$ >{left}.part; mv {left}.part {left}; exec sleep 300' &"
-        setup = [daemon, f"until [ -e {left} ]; do sleep 0.02; done"]
+        daemon = f'setsid sh -c \'echo $$ >"{left}.part"; mv "{left}.part" "{left}"; exec sleep 300\' &'
+        setup = [daemon, f"until [ -e '{left}' ]; do sleep 0.02; done"]
         code, said = in_setup({"setup": setup}, "echo said; exit 3")
         assert (code, said) == (3, "said\n")
         assert is_running(int(left.read_text()))

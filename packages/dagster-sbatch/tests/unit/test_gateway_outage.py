@@ -38,8 +38,8 @@ SLURM = {
     "sacct": "",
 }
 CALLED = """#!/bin/sh
-echo {name} >>{folder}/calls
-if down=$(cat {folder}/down 2>/dev/null); then echo "$down" >&2; exit 1; fi
+echo {name} >>"{folder}/calls"
+if down=$(cat "{folder}/down" 2>/dev/null); then echo "$down" >&2; exit 1; fi
 {script}
 """
 
@@ -289,7 +289,7 @@ def test_the_loss_of_a_connection_that_has_lasted_is_followed_by_a_short_pause(m
 def test_no_command_of_slurm_stays_when_its_client_is_gone(slurm: Path, prepare: Prepare, tmp_path: Path) -> None:
     """A database that is slow to answer may keep sacct for minutes."""
     pid = tmp_path / "pid"
-    put(slurm / "bin", "squeue", f"echo $$ >{pid}.new; mv {pid}.new {pid}; exec sleep 600")
+    put(slurm / "bin", "squeue", f"echo $$ >'{pid}.new'; mv '{pid}.new' '{pid}'; exec sleep 600")
     gateway = prepare()
     gateway.ping()
     gateway.notify(do="usage.usage", since=None)
@@ -303,7 +303,7 @@ def test_no_login_profile_stays_when_its_client_is_gone(prepare: Prepare, tmp_pa
     pid = tmp_path / "pid"
     gateway = prepare()
     gateway.ping()
-    (tmp_path / ".bash_profile").write_text(f"echo $$ >{pid}.new; mv {pid}.new {pid}; exec sleep 600\n")
+    (tmp_path / ".bash_profile").write_text(f"echo $$ >'{pid}.new'; mv '{pid}.new' '{pid}'; exec sleep 600\n")
     gateway.notify(do="run_directories.runs", runs="$DATA/runs")
     wait_until(pid.exists, "the profile is read")
     gateway.close()

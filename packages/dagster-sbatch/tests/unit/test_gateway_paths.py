@@ -17,8 +17,8 @@ PROFILE = """\
 read -r line && export DATA=$line
 echo "welcome"
 sleep 60 &
-echo >>{home}/read
-export DATA={home}/data SCRATCH=scratch
+echo >>'{home}/read'
+export DATA='{home}/data' SCRATCH=scratch
 """
 """Prints, reads its input, leaves a process behind, and notes that it was read."""
 
@@ -68,15 +68,15 @@ def test_the_login_profile_says_where_data_is_and_is_read_once(home: Home, open_
 def test_a_profile_that_has_changed_is_read_again(home: Home, open_gateway: Callable[[], Gateway]) -> None:
     open_gateway().runs("$DATA/d/runs")
     time.sleep(0.02)  # the clock of the file system ticks
-    home.profile.write_text(f"export DATA={home.folder}/elsewhere\n")
+    home.profile.write_text(f"export DATA='{home.folder}/elsewhere'\n")
     claim = open_gateway().claim("$DATA/d/runs", "family", "token", "me")
     assert claim.runs == f"{home.folder}/elsewhere/d/runs"
 
 
 def test_a_profile_that_changes_while_it_is_read_is_read_again(home: Home, open_gateway: Callable[[], Gateway]) -> None:
     newer = home.folder / "newer"
-    newer.write_text(f"export DATA={home.folder}/elsewhere\n")
-    home.profile.write_text(f"mv {newer} {home.profile}\nexport DATA={home.folder}/data\n")
+    newer.write_text(f"export DATA='{home.folder}/elsewhere'\n")
+    home.profile.write_text(f"mv '{newer}' '{home.profile}'\nexport DATA='{home.folder}/data'\n")
     stamp = home.profile.stat()
     os.utime(home.profile, ns=(stamp.st_atime_ns, stamp.st_mtime_ns - 10**9))
     for folder in ("data", "elsewhere"):
@@ -101,7 +101,7 @@ def test_what_the_profile_does_not_say_is_refused_and_not_remembered(
         gateway.runs("$DATA/d/runs")
     assert not (home.folder / "$DATA").exists()
     stamp = home.profile.stat()
-    home.profile.write_text(f"export DATA={home.folder}")
+    home.profile.write_text(f"export DATA='{home.folder}'")
     os.utime(home.profile, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     assert gateway.runs("$DATA/d/runs") == []
 
@@ -141,7 +141,7 @@ def test_the_login_profile_names_the_project(
     monkeypatch.setenv("SBATCH_ACCOUNT", "p2")
     assert open_gateway().test("#!/bin/sh\n") == (True, "p2")
     monkeypatch.delenv("SBATCH_ACCOUNT")
-    home.profile.write_text(f"echo >>{home.folder}/read; exit 3\n")
+    home.profile.write_text(f"echo >>'{home.folder}/read'; exit 3\n")
     gateway = open_gateway()
     assert [gateway.test("#!/bin/sh\n") for _ in range(2)] == [(True, "none")] * 2
     assert home.times_read == 3

@@ -154,7 +154,7 @@ def test_errors_of_two_commands_are_reported_once_each(
     put(slurm, "squeue", "echo 'squeue: no answer' >&2; exit 1")
     seen = follow(site, prepare(HURRIED, troubles))
     site.start(0)
-    put(slurm, "scontrol", f"echo >>{site.asked}; echo 'scontrol: no answer' >&2; exit 1")
+    put(slurm, "scontrol", f"echo >>'{site.asked}'; echo 'scontrol: no answer' >&2; exit 1")
     site.end(0)
     wait_until(lambda: site.asked.exists() and site.asked.stat().st_size > 9, "scontrol is asked again and again", 30)
     site.say(record("0", "COMPLETED"))

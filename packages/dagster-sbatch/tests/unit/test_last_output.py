@@ -41,7 +41,7 @@ def test_what_slurm_writes_to_stderr_at_the_end_is_not_lost(
     """Slurm writes that after the job's own record, while the agent asks for the end."""
     sizes = {"stdout": 0, "stderr": 0, "messages.jsonl": 0}
     (run / "events").write_text(f'{{"code": {code}, "time": 1, "sizes": {json.dumps(sizes)}}}\n')
-    say_end(slurm, "TIMEOUT", f"[ -s {run}/stderr ] || echo '{KILLED.strip()}' >>{run}/stderr")
+    say_end(slurm, "TIMEOUT", f"[ -s '{run}/stderr' ] || echo '{KILLED.strip()}' >>'{run}/stderr'")
     come = bytearray()
     end = prepare(HURRIED).run(str(run), None, {"stderr": come.extend}, follower="")
     assert (end.state, come.decode()) == ("TIMEOUT", KILLED)
@@ -148,7 +148,7 @@ def test_a_connection_that_is_lost_while_the_accounting_is_asked_doubles_nothing
     (run / "stdout").write_text("once\n")
     (run / "events").write_text('{"code": 0, "time": 1, "sizes": {"stdout": 5}}\n')
     say_end(slurm, "COMPLETED")
-    put(slurm, "sacct", f"[ -e {run}/killed ] || {{ touch {run}/killed; kill -9 $PPID; }}; echo '17|COMPLETED||'")
+    put(slurm, "sacct", f"[ -e '{run}/killed' ] || {{ touch '{run}/killed'; kill -9 $PPID; }}; echo '17|COMPLETED||'")
     come, troubles = bytearray(), list[str]()
     end = prepare(HURRIED, troubles).run(str(run), None, {"stdout": come.extend}, follower="")
     assert (end.code, end.rows, come.decode(), len(troubles)) == (0, [["17", "COMPLETED", "", ""]], "once\n", 1)
@@ -164,7 +164,7 @@ def test_what_slurm_writes_to_stderr_at_the_end_of_a_task_is_not_lost(
     site.start(0)
     site.end(0, code)
     site.wait_until_asked()
-    site.say(record("0", "OUT_OF_MEMORY", str(int(time.time()))), before=f"echo oom_kill >>{site.run}/tasks/0.stderr")
+    site.say(record("0", "OUT_OF_MEMORY", str(int(time.time()))), before=f"echo oom_kill >>'{site.run}/tasks/0.stderr'")
     wait_for_ends(seen, 1)
     assert seen.text(0, "stderr") == "oom_kill\n"
 

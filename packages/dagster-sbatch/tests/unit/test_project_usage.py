@@ -140,7 +140,7 @@ def test_sacct_is_asked_by_its_own_clock(ask: Ask, slurm: Path, monkeypatch: pyt
         patch.setenv("TZ", "Europe/Vienna")
         time.tzset()
         for hour in (0, 1):  # 02:30 in Vienna, both
-            ask(datetime(2026, 10, 25, hour, 30, tzinfo=UTC), sacct=f'echo "$*" >{slurm}/asked')
+            ask(datetime(2026, 10, 25, hour, 30, tzinfo=UTC), sacct=f'echo "$*" >"{slurm}/asked"')
             asked += re.findall(r"-S (\S+) -E now\+1days", (slurm / "asked").read_text())
     time.tzset()
     earlier, later = (int(words.removeprefix("now-").removesuffix("seconds")) for words in asked)
@@ -271,7 +271,7 @@ def test_what_slurm_does_not_answer_is_unknown(ask: Ask, command: str, unknown: 
 
 
 def test_a_controller_that_does_not_answer_is_waited_for_once(ask: Ask, slurm: Path) -> None:
-    usage = ask(scontrol=f"echo asked >>{slurm}/asked; {AWAY}")
+    usage = ask(scontrol=f"echo asked >>'{slurm}/asked'; {AWAY}")
     assert (slurm / "asked").read_text() == "asked\n"
     assert usage.projects == ["p70600", "p71234"]
 

@@ -52,17 +52,17 @@ class Job:
         run_directories.lay_out(str(self.run), files)  # type: ignore[no-untyped-call]
         (self.run / "job").symlink_to("17")
         self.show("RUNNING")
-        put(slurm, "scancel", f"echo $* >{slurm}/cancelled")
+        put(slurm, "scancel", f"echo $* >'{slurm}/cancelled'")
 
     def show(self, state: str, after_scancel: str = "CANCELLED") -> None:
         """Let Slurm show a state; another one once the job was cancelled."""
         lines = [record("0", each) for each in (state, after_scancel)]
         lines = lines if self.array else [line.replace("ArrayTaskId=0", "") for line in lines]
         cancelled = self.slurm / "cancelled"
-        put(self.slurm, "scontrol", f"[ -e {cancelled} ] && echo '{lines[1]}' || echo '{lines[0]}'")
+        put(self.slurm, "scontrol", f"[ -e '{cancelled}' ] && echo '{lines[1]}' || echo '{lines[0]}'")
         name = "17_0" if self.array else "17"
         row = f"echo '{name}|{state}|None|N/A|KEY-1|p1'" if state == "RUNNING" else ""
-        put(self.slurm, "squeue", f"echo >>{self.slurm}/asked; {row}")
+        put(self.slurm, "squeue", f"echo >>'{self.slurm}/asked'; {row}")
 
     def wait_for_squeue(self, times: int) -> None:
         """Wait until the agent has asked squeue so many times again."""

@@ -21,9 +21,9 @@ ENOUGH = 25.0
 def runs(slurm: Path, tmp_path: Path) -> str:
     """The folder of all runs. Each job waits in the queue of Slurm as soon as sbatch has answered."""
     (tmp_path / "base").mkdir(mode=0o700)
-    waits = f"while read -r _; do echo PENDING xy p1 1:00:00 1:00:00 node=1; done <{tmp_path}/queue"
+    waits = f"while read -r _; do echo PENDING xy p1 1:00:00 1:00:00 node=1; done <'{tmp_path}/queue'"
     put(slurm, "squeue", f'case "$*" in *tres-alloc*) {waits};; esac')
-    put(slurm, "sbatch", f"echo job >>{tmp_path}/queue; wc -l <{tmp_path}/queue")
+    put(slurm, "sbatch", f"echo job >>'{tmp_path}/queue'; wc -l <'{tmp_path}/queue'")
     (tmp_path / "queue").touch()
     return f"{tmp_path}/base/runs"
 
