@@ -19,6 +19,7 @@ Faster.
 ### In your own files
 
 - two
+  twice
 
 ### Corrected
 
@@ -38,12 +39,13 @@ Faster.
 """
 
 
-def make_wheel(folder: Path, version: str) -> Wheel:
-    """A file that is like a wheel of the engine."""
+def make_wheel(folder: Path, version: str, left_out: str = "-") -> Wheel:
+    """A file that is like a wheel of the engine. Its changelog ends with its version, and may lack a change."""
     folder.mkdir(exist_ok=True)
     path = folder / f"dagster_sbatch-{version}-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("dagster_sbatch/CHANGELOG.md", CHANGELOG)
+        changes = CHANGELOG[CHANGELOG.index(f"\n## {version}") :].replace(f"\n- {left_out}\n", "\n")
+        archive.writestr("dagster_sbatch/CHANGELOG.md", changes)
         archive.writestr(f"dagster_sbatch-{version}.dist-info/METADATA", "")
     return Wheel(path)
 

@@ -25,15 +25,16 @@ from support.upgrades import kill_at, make_wheel
 @pytest.mark.parametrize(
     ("one", "other", "changes"),
     [
-        ("1.10.0", "1.0.0", "1.2.0 (2027)\n- two\n\n1.1.0\n- one"),
-        ("1.10.0", "1.1.0", "1.2.0 (2027)\n- two"),
-        ("1.1.0", "1.2.0", "1.2.0 (2027)\n- two"),
+        ("1.10.0", "1.0.0", "1.2.0 (2027)\n- two\n  twice\n\n1.1.0\n- one"),
+        ("1.10.0", "1.1.0", "1.2.0 (2027)\n- two\n  twice"),
+        ("1.1.0", "1.2.0", "1.2.0 (2027)\n- two\n  twice"),
         ("1.10.0", "1.2.0", ""),
         ("1.2.0", "1.2.0", ""),
+        ("1.0.0 zero", "1.0.0", "1.0.0\n- zero"),  # two builds of a version, as of a clone of the template
     ],
 )
-def test_what_changed_between_two_versions(one: str, other: str, changes: str, tmp_path: Path) -> None:
-    assert changes_between(make_wheel(tmp_path, one), make_wheel(tmp_path, other)) == changes
+def test_what_changed_between_two_engines(one: str, other: str, changes: str, tmp_path: Path) -> None:
+    assert changes_between(make_wheel(tmp_path, *one.split()), make_wheel(tmp_path / "other", other)) == changes
 
 
 @pytest.fixture
@@ -304,13 +305,15 @@ def test_an_older_engine_says_what_to_undo(
     project: Path, newer: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The changelog of the newer one has it."""
-    (old := project.parent / "old").mkdir()
-    shutil.copy(project / "vendor" / "dagster_sbatch-1.0.0-py3-none-any.whl", old)
-    upgrade(project, newer, project.parent)
-    assert run_main(project, monkeypatch, str(next(old.iterdir()))) == 0
+    upgrade(project, newer, old := project.parent)
+    assert run_main(project, monkeypatch, str(make_wheel(old, "1.0.0").path)) == 0
     assert "undo them by hand:\n\n1.1.0\n- one\n" in capsys.readouterr().out
     assert run_main(project, monkeypatch, "--back") == 0
     assert "also make them by hand:\n\n1.1.0\n- one\n" in capsys.readouterr().out
+    for left_out in ("zero", "-"):  # two builds of one version
+        upgrade(project, str(make_wheel(old, "1.0.0", left_out).path), old)
+    assert run_main(project, monkeypatch, "--back") == 0
+    assert "undo them by hand:\n\n1.0.0\n- zero\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damaged", ["wheel", "kept"])

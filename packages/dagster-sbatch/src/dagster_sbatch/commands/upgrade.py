@@ -79,7 +79,7 @@ def main(root: Path) -> int:
         return 130
     print(f"{ENGINE} {new} replaces {old}.")
     if changes:
-        verb = "undo" if Version(new) < Version(old) else "also make"
+        verb = "undo" if (Version(new), not asked.back) < (Version(old), True) else "also make"
         print(f"\nThese changes are not made for you. In your own files, {verb} them by hand:\n\n{changes}\n")
     return _test(root, kept=kept)
 
@@ -185,7 +185,7 @@ def go_back(root: Path) -> tuple[str, str, str, bool]:
                 f"{restoring(root, '--source COMMIT ')}"
             ) from None
         new, before = wheels_in(Path(temporary, "vendor")), _texts(Path(temporary))
-        changes = changes_between(old[ENGINE], new[ENGINE])
+        changes = changes_between(new[ENGINE], old[ENGINE])
         files = {name: text for name, text in before.items() if name.startswith(LOCKS)}
         files |= {name: rename_wheels(text, new) for name, text in texts.items() if name in SOURCES}
         if files["pyproject.toml"] != before["pyproject.toml"]:
@@ -204,16 +204,23 @@ def restoring(root: Path, options: str = "") -> str:
 
 
 def changes_between(one: Wheel, other: Wheel) -> str:
-    """Return what the changelog of the newer of two engines says about a project's own files since the older one."""
+    """Return what the newer of two engines asks to change in a project's own files, and the older one does not.
+
+    Of two builds of the same version, `other` is the newer one.
+    """
     older, newer = sorted((one, other), key=lambda each: Version(each.version))
-    low, high = Version(older.version), Version(newer.version)
-    found = []
-    for section in newer.read("dagster_sbatch/CHANGELOG.md").split("\n## ")[1:]:
-        version, _, text = section.partition("\n")
-        own = re.search(r"^### In your own files\n(.*?)(?=^### |\Z)", text, re.MULTILINE | re.DOTALL)
-        if own and low < Version(version.split()[0]) <= high:
-            found.append(f"{version}\n{own[1].strip()}")
-    return "\n\n".join(found)
+    known = set().union(*_own_changes(older).values())
+    found = {version: [each for each in all_ if each not in known] for version, all_ in _own_changes(newer).items()}
+    return "\n\n".join("\n".join([version, *changes]) for version, changes in found.items() if changes)
+
+
+def _own_changes(engine: Wheel) -> dict[str, list[str]]:
+    """Return what the changelog of an engine asks to change in a project's own files, by version."""
+    sections = (each.partition("\n") for each in engine.read("dagster_sbatch/CHANGELOG.md").split("\n## ")[1:])
+    own = re.compile(r"^### In your own files\n(.*?)(?=^### |\Z)", re.MULTILINE | re.DOTALL)
+    return {
+        version: re.split(r"\n(?=- )", found[1].strip()) for version, _, text in sections if (found := own.search(text))
+    }
 
 
 def _wheels_of(root: Path) -> dict[str, Wheel]:
