@@ -204,9 +204,9 @@ def test_dev_does_not_start_with_a_file_that_dagster_cannot_parse(
 @pytest.mark.usefixtures("variables")
 def test_the_command_for_ci() -> None:
     done = run("doctor", "--settings")
-    assert (done.returncode, done.stdout) == (0, "the settings are right: production_supercomputer, musica\n")
+    assert (done.returncode, done.stdout) == (0, "the settings are correct: production_supercomputer, musica\n")
     done = run("doctor", "--settings", DAGSTER_DEPLOYMENT="development", SLURM_SUPERCOMPUTER_SITE="")
-    assert done.stdout == "the settings are right: development; DAGSTER_DEPLOYMENT chooses another\n"
+    assert done.stdout == "the settings are correct: development; DAGSTER_DEPLOYMENT chooses another\n"
     changes, text = WRONG["QoS"]
     done = run("doctor", "--settings", **changes)
     assert (done.returncode, done.stdout) == (1, "")

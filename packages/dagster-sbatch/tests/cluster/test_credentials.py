@@ -55,7 +55,7 @@ def test_each_of_the_four_ways_is_enough(
     assert not file.exists()
     health = check_health(settings)
     assert health.verdict == "ok"
-    assert any("nothing renews access: it ends with the app password" in note for note in health.notes)
+    assert any("nothing renews access: it ends when the app password" in note for note in health.notes)
 
 
 def test_a_good_certificate_is_returned_without_asking_anybody(

@@ -172,7 +172,7 @@ def test_a_partition_that_is_not_there() -> None:
 
 def test_a_qos_that_the_partition_does_not_take() -> None:
     finding = broken("partitions", with_partition("zen4_0768", "faster_zen4_0768"))
-    assert finding.found == "partition zen4_0768 does not take QoS faster_zen4_0768"
+    assert finding.found == "partition zen4_0768 does not allow QoS faster_zen4_0768"
 
 
 def test_a_project_that_is_not_the_users(set_variables: Set) -> None:

@@ -351,4 +351,4 @@ def test_a_step_has_one_array_of_its_partitions(tmp_path: Path) -> None:
     data = result.failure_data_for_node("twice")
     assert data
     assert data.user_failure_data
-    assert "Make an asset of each call." in str(data.user_failure_data.description)
+    assert "Make a separate asset for each call." in str(data.user_failure_data.description)

@@ -122,7 +122,7 @@ def test_what_sbatch_says_while_it_waits_for_room_is_reported(
 def test_an_sbatch_that_refuses_and_says_nothing(slurm: Path, prepare: Prepare, tmp_path: Path) -> None:
     put(slurm, "sbatch", "exit 3")
     (tmp_path / "base").mkdir(mode=0o700)
-    with pytest.raises(RefusedError, match=r"^sbatch ended with exit code 3, and says nothing$"):
+    with pytest.raises(RefusedError, match=r"^sbatch ended with exit code 3, and gave no reason$"):
         submit_run(prepare(HURRIED), f"{tmp_path}/base/runs/KEY", {"job.sh": ""})
 
 

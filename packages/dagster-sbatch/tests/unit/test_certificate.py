@@ -171,7 +171,7 @@ def test_a_public_half_without_its_key_is_left_alone(key: Path) -> None:
     write_key(key)
     public = public_path(key).read_text()
     key.unlink()
-    with pytest.raises(AccessError, match="is there without its private key"):
+    with pytest.raises(AccessError, match="has no private key"):
         ensure_key(key)
     assert public_path(key).read_text() == public
     assert not key.exists()

@@ -234,7 +234,7 @@ def test_a_login_node_that_runs_no_commands_is_said_at_once(tmp_path: Path, monk
     monkeypatch.setattr(login_node, "open_runs", lambda *_: nullcontext(Runs(Gateway(refuse), facts.settings)))
     state, found, fix = make(login_node.check_login, facts)
     assert (state, found, tries) == ("broken", "no channel: Administratively prohibited", ["login"])
-    assert fix == "do what it says; else try again, and check what your login shell does there"
+    assert fix == "do what the message says; or try again, and check what your login shell does"
 
 
 def test_a_login_shell_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,12 +242,12 @@ def test_a_login_shell_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     silent: Any = SimpleNamespace(exchange=lambda *_, **__: iter(()))
 
     def open_runs(*arguments: Any) -> Any:
-        arguments[-1](f"nothing has come for 45 s\n{HANGS}")
+        arguments[-1](f"no answer for 45 s\n{HANGS}")
         return nullcontext(Runs(silent, facts.settings))
 
     monkeypatch.setattr(login_node, "open_runs", open_runs)
     state, found, _ = make(login_node.check_login, facts)
-    text = f"the login node has not answered within 120 s\nnothing has come for 45 s\n{HANGS}"
+    text = f"the login node has not answered within 120 s\nno answer for 45 s\n{HANGS}"
     assert (state, found) == ("broken", text)
 
 

@@ -49,12 +49,12 @@ def found(hosts: list[str], second: str, monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 def test_a_lock_is_seen_on_another_login_node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     verdict = found(["login01", "login01", "login02"], "", monkeypatch, tmp_path)
-    assert verdict == ("ok", "a lock of login01 holds on login02, too", "")
+    assert verdict == ("ok", "login02 respects a file lock of login01", "")
 
 
 def test_a_lock_that_only_its_own_node_sees(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     state, text, fix = found(["login01", "login02"], LOCAL, monkeypatch, tmp_path)
-    assert (state, text.partition(":")[0]) == ("warning", "a lock that login01 holds is not seen on login02")
+    assert (state, text.partition(":")[0]) == ("warning", "a file lock of login01 is not seen on login02")
     assert "SLURM_EDGE_NODE_HOST" in fix
 
 

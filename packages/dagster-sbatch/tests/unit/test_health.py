@@ -124,7 +124,7 @@ def test_secrets_that_are_not_replaced_do_not_keep_from_a_certificate(variables:
     certificate_path(Path(variables["SLURM_EDGE_NODE_KEY_PATH"])).unlink()
     health = check_health(settings)
     assert health.verdict == "failing"
-    assert health.summary.endswith("authentik is away\nA certificate can be requested all the same")
+    assert health.summary.endswith("authentik is away\nNevertheless, a certificate can be requested")
     RefreshFailures(file).add("certificate", AccessError("the authority is away"))
     assert check_health(settings).verdict == "broken"
 

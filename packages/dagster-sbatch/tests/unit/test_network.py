@@ -325,7 +325,7 @@ def test_temporary_failures_are_tried_again_and_others_are_not(server: Server, m
         soon.setattr("dagster_sbatch.auth.http.BUDGET_SECONDS", 0)
         Http().call("GET", server.url)
     server.status = 302
-    with pytest.raises(AccessError, match="has moved to"):
+    with pytest.raises(AccessError, match="Set the new address: "):
         Http().call("GET", server.url)
     assert len(server.seen) == 4
 

@@ -45,7 +45,7 @@ def key(variables: dict[str, str]) -> Path:
 def test_with_a_key_nothing_is_to_be_done(settings: Settings) -> None:
     assert ensure_certificate(settings) is None
     assert refresh(settings, certificate="now") == Report()
-    with pytest.raises(AccessError, match="is a plain key and no ASC_ variable is set"):
+    with pytest.raises(AccessError, match="is a plain key, and no ASC_ variable is set"):
         refresh(settings, rotation="now")
 
 
@@ -74,7 +74,7 @@ def test_without_a_key_nothing_is_asked_for_again_and_again(settings: Settings) 
 
 def test_a_certificate_that_is_of_no_use_is_named(settings: Settings, key: Path) -> None:
     certificate_path(key).write_text("nonsense")
-    with pytest.raises(BootstrapError, match=r"id_musica-cert\.pub lies beside it\n.*\n +rm \S+id_musica-cert\.pub"):
+    with pytest.raises(BootstrapError, match=r"has a certificate, \S+-cert\.pub\n.*\n +rm \S+id_musica-cert\.pub"):
         ensure_certificate(settings)
 
 

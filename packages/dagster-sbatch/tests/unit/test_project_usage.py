@@ -239,7 +239,7 @@ def test_limits_of_projects_are_read_where_slurm_hides_what_is_above_them(ask: A
     hidden = "\n".join(line for line in ASSOCIATIONS.splitlines() if "account=" not in line)
     usage = ask(sacctmgr=hidden)
     assert budgets_of(usage, settings())[0].left == 8
-    assert "what is above your projects" in usage.trouble[0]
+    assert "hides the accounts above your projects" in usage.trouble[0]
 
 
 def test_gpus_that_slurm_does_not_account_for_are_unknown(ask: Ask) -> None:

@@ -244,7 +244,7 @@ def test_what_the_step_reports(prepare: Prepare, played_slurm: PlayedSlurm, tmp_
         f"the run directory of Slurm job 17 was removed while the job was followed: {played_slurm.runs}/{name}\n"
         "Without it, nothing can receive the messages and the result of the job. It was still running, so it was "
         "cancelled, and is over\n"
-        "Re-execute this run to submit a new job; leave the folders of runs that are not over.\n"
+        "Re-execute this run. Do not remove the folder of a run that is not over.\n"
     ) in outcome.error
     assert "still running. Re-execute" not in outcome.error
     assert played_slurm.cancelled() == ["17"]

@@ -223,7 +223,7 @@ class AsksForMore(paramiko.ServerInterface):  # type: ignore[misc]
     ("answer", "text"),
     [
         (paramiko.AUTH_FAILED, "keyboard-interactive is the login for people: a link to open in a browser"),
-        (paramiko.AUTH_PARTIALLY_SUCCESSFUL, "requires a second factor: keyboard-interactive. That is for people"),
+        (paramiko.AUTH_PARTIALLY_SUCCESSFUL, "requires a second factor: keyboard-interactive. Only a person"),
     ],
 )
 def test_a_login_for_people_is_named_and_not_waited_for(forge: Forge, answer: int, text: str) -> None:

@@ -178,7 +178,7 @@ def test_the_sites_authority_counts_for_its_own_hosts_only(forge: Forge, tmp_pat
 def test_the_text_for_a_users_line_that_keeps_the_sites_authority_out(forge: Forge, tmp_path: Path) -> None:
     text = str(with_site(forge, tmp_path, f"{HOST} <ed25519-2>"))
     assert "/known_hosts:1: ssh-ed25519 SHA256:" in text
-    assert "SUPERCOMPUTER_SITE_OVERRIDES names an authority for it, SHA256:" in text
+    assert "The site's entry names an authority for it, SHA256:" in text
     other = str(with_site(forge, tmp_path, "", "@cert-authority * <ecdsa-ca2>"))
     assert "SUPERCOMPUTER_SITE_OVERRIDES: @cert-authority ecdsa-sha2-nistp256 SHA256:" in other
     assert "names an authority for it" not in other
@@ -228,7 +228,7 @@ def test_text_for_an_unknown_key(forge: Forge, tmp_path: Path) -> None:
 
 def test_text_for_a_changed_key(forge: Forge, tmp_path: Path) -> None:
     text = refused(forge, tmp_path, f"# comment\n{HOST} <ed25519-2>")
-    assert "its key is another than the known one. It has shown\n  ssh-ed25519 <ed25519>\n" in text
+    assert "its key differs from the known one. It has shown\n  ssh-ed25519 <ed25519>\n" in text
     assert "Known for it:\n  KNOWN_HOSTS:2: ssh-ed25519 <ed25519-2>\n" in text
     assert "Only if it is one of\nthem, correct the lines above" in text
 
@@ -271,7 +271,7 @@ def test_text_for_another_authority(forge: Forge, tmp_path: Path) -> None:
 def test_texts_for_certificates_that_are_not_valid(forge: Forge, tmp_path: Path, options: str, reason: str) -> None:
     text = refused(forge, tmp_path, AUTHORITY, options)
     assert f"is not trusted: {reason}" in text
-    assert text.endswith("Only your computing centre can correct that. Tell it.")
+    assert text.endswith("Tell your computing centre: only the centre can correct that.")
 
 
 def test_text_for_sha1(forge: Forge, tmp_path: Path) -> None:

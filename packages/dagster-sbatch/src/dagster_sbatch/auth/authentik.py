@@ -135,8 +135,8 @@ def request_oidc_token(settings: Settings, app_password: str, http: Http) -> Oid
         raise RejectedError(f"authentik refused it for ASC_OIDC_USERNAME={settings.oidc_username} ({error})")
     if error == "invalid_client":
         raise AccessError(
-            f"authentik does not know ASC_OIDC_CLIENT_ID={settings.oidc_client_id}. Correct it; the centre's "
-            "documentation has it"
+            f"authentik does not know ASC_OIDC_CLIENT_ID={settings.oidc_client_id}. Correct that "
+            "setting: the centre's documentation has it"
         )
     if answer.status != 200:
         raise AccessError(
@@ -147,8 +147,8 @@ def request_oidc_token(settings: Settings, app_password: str, http: Http) -> Oid
     except (ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError) as problem:
         lacks = str(problem) if type(problem) is ValueError else "it is missing or cannot be read"
         raise AccessError(
-            f"authentik's OIDC token (id_token) cannot be used for a certificate: {lacks}. ASC_OIDC_CLIENT_ID="
-            f"{settings.oidc_client_id}: ask the centre"
+            f"authentik's OIDC token (id_token) cannot be used for a certificate: {lacks}. Ask the centre with "
+            f"this text: ASC_OIDC_CLIENT_ID={settings.oidc_client_id}"
         ) from None
 
 

@@ -46,7 +46,7 @@ class AccessHealth:
 def check_health(settings: Settings) -> AccessHealth:
     """Return the state of the access, from the files alone."""
     if settings.on_login_node:
-        return AccessHealth(clock.now(), "ok", "Dagster runs on the login node: it needs no access", (), None, {}, ())
+        return AccessHealth(clock.now(), "ok", "Dagster runs on the login node: no login needed", (), None, {}, ())
     access = read_access(settings)
     next_refresh = _next_refresh(access)
     verdict, summary = _judge(access, next_refresh)
@@ -83,7 +83,7 @@ def _judge(access: AccessState, next_refresh: datetime | None) -> tuple[Verdict,
     if problem and certificate:
         return "failing", f"{problem}\nAccess works until {clock.written(certificate.valid_before)}"
     if problem and access.renewable and "certificate" not in access.failing:
-        return "failing", f"{problem}\nA certificate can be requested all the same"
+        return "failing", f"{problem}\nNevertheless, a certificate can be requested"
     if problem:
         return "broken", problem
     if next_refresh is None:
@@ -123,11 +123,11 @@ def _not_self_renewing(access: AccessState) -> str:
     if access.plain_key:
         return ""
     if access.renewable and access.settings.oidc_app_password:
-        end = "with the app password in ASC_OIDC_APP_PASSWORD, whose end only authentik knows"
+        end = "when the app password in ASC_OIDC_APP_PASSWORD expires; only authentik knows when"
     elif access.renewable and password and password.expires:
-        end = f"at {clock.written(password.expires)}, with the stored app password"
+        end = f"at {clock.written(password.expires)}, when the stored app password expires"
     elif certificate:
-        end = f"at {clock.written(certificate.valid_before)}, with the certificate"
+        end = f"at {clock.written(certificate.valid_before)}, when the certificate expires"
     else:
         return ""
     return f"nothing renews access: it ends {end}"

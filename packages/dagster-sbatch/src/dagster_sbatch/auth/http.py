@@ -153,7 +153,7 @@ class Http:
         failures = 0
         while True:
             if self.remaining() <= 0:
-                raise UnavailableError(f"{url}: no time left for another try")
+                raise UnavailableError(f"{url}: there is no time left for another try")
             try:
                 return self._send(trust, method, url, **content)
             except UnavailableError:
@@ -220,7 +220,7 @@ def _receive(response: "httpx.Response", proxy: Proxy | None) -> HttpAnswer:
         if time.monotonic() > deadline:
             raise UnavailableError(f"{place}: the answer takes longer than {TRY_SECONDS:.0f} s")
     if response.is_redirect:
-        raise AccessError(f"{place} has moved to {printable(response.headers.get('Location', '?'))}: set that address")
+        raise AccessError(f"{place} has moved. Set the new address: {printable(response.headers.get('Location', '?'))}")
     if status == 407 and proxy:
         raise _refused_by(proxy, response.request.url, "HTTP 407: it asks for a user name and a password")
     if status in _TEMPORARY:

@@ -36,10 +36,10 @@ def issue_certificate(settings: Settings, http: Http, public_key: str, token: Oi
     if answer.status == 401:
         _compare_clocks(token, answer.date)
         raise RejectedError(
-            f"the certificate authority refused the OIDC token ({answer.reason}). The token's issuer (iss) is "
-            f"{token.issuer}, its audience (aud) {token.audience}, and the authority knows one of each. authentik "
-            f"takes the issuer from the host name in ASC_OIDC_TOKEN_URL={settings.oidc_token_url}, the audience is "
-            "ASC_OIDC_CLIENT_ID: compare both with the centre's documentation"
+            f"the certificate authority refused the OIDC token ({answer.reason}). It accepts one issuer and one "
+            f"audience. The token's issuer (iss) is {token.issuer}; authentik takes it from the host name in "
+            f"ASC_OIDC_TOKEN_URL={settings.oidc_token_url}. Its audience (aud) is {token.audience}, which is "
+            "ASC_OIDC_CLIENT_ID. Compare both settings with the centre's documentation"
         )
     if answer.status == 403:
         raise RejectedError(
@@ -78,7 +78,7 @@ def _fetch_root(settings: Settings, http: Http) -> bytes:
     if found != fingerprint:
         raise AccessError(
             f"{_base(settings)} sent a root certificate with the fingerprint {found}, not ASC_STEP_FINGERPRINT="
-            f"{fingerprint}: it is another one, or somebody is between you and it. Ask the centre before changing it"
+            f"{fingerprint}: another authority, or somebody intercepts the connection. Ask the centre before a change"
         )
     return root
 

@@ -74,7 +74,7 @@ class Certificate:
         """Return why it is not valid at a time; empty if it is."""
         if now < self.valid_after:
             begin = clock.written(self.valid_after)
-            return f"is not valid before {begin}, and this machine's clock shows {clock.written(now)}: is it right?"
+            return f"is not valid before {begin}, but this machine's clock shows {clock.written(now)}. Check that clock"
         return f"expired at {clock.written(self.valid_before)}" if now >= self.valid_before else ""
 
     def renew_at(self, skew_minutes: float | None) -> datetime:
@@ -247,7 +247,7 @@ def ensure_key(key: Path) -> str:
     if key.is_symlink():
         raise UnsafeFileError(f"{key} is a symbolic link to nowhere. Remove it:\n  rm {shlex.quote(str(key))}")
     if public_path(key).exists():
-        raise AccessError(f"{public_path(key)} is there without its private key {key}. Move it away")
+        raise AccessError(f"{public_path(key)} has no private key {key} beside it. Move it away")
     private = Ed25519PrivateKey.generate()
     public = private.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode() + " musica-pipelines"
     replace_file(key, private.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()).decode())

@@ -92,7 +92,7 @@ def refresh(
     needed = access.valid_certificate in (None, refused) or "now" in (rotation, certificate)
     if access.plain_key:
         if rotation == "now":
-            raise AccessError(f"{access.key} is a plain key and no ASC_ variable is set: there are no secrets")
+            raise AccessError(f"{access.key} is a plain key, and no ASC_ variable is set: nothing to replace")
         return Report()
     if not access.renewable and (access.valid_certificate in (None, refused) or certificate == "now"):
         raise access.explain({})
@@ -123,7 +123,7 @@ def refresh_lock(credentials_file: Path, seconds: float) -> Iterator[None]:
         )
         held = lock.acquire()
     except Timeout:
-        holder = path.read_text().strip() or "it did not write its name"
+        holder = path.read_text().strip() or "its name is not known"
         raise UnavailableError(
             f"Another process has been refreshing the credentials for more than {seconds:.0f} s: {holder}. "
             "It times out by itself after some minutes; if it does not, end that process"

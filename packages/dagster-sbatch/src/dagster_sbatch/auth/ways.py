@@ -196,7 +196,7 @@ class AccessState:
             plain = f"a plain key, where the site accepts one: SLURM_EDGE_NODE_KEY_PATH={key}"
             if key.is_file():
                 beside = certificate_path(key)
-                status, advice = f"{beside} lies beside it", "if the certificate is of no use:"
+                status, advice = f"the key has a certificate, {beside}", "to use the key alone, remove it:"
                 command = f"rm {shlex.quote(str(beside))}"
             else:
                 status, advice = f"{key} does not exist", f"make one, and give the site {key.name}.pub:"

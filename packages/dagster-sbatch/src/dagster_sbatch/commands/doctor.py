@@ -59,7 +59,7 @@ def check_settings(project: Project) -> int:
     """Check the settings of the deployment, for instance in CI, where there is no connection."""
     settings = check_configuration(project)
     site = f", {settings.supercomputer_site}" if settings.supercomputer_site else "; DAGSTER_DEPLOYMENT chooses another"
-    print(f"the settings are right: {settings.deployment}{site}")
+    print(f"the settings are correct: {settings.deployment}{site}")
     return 0
 
 

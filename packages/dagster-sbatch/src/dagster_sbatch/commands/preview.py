@@ -21,9 +21,9 @@ from dagster_sbatch.project import Project
 from dagster_sbatch.settings import Settings
 
 DESCRIPTION = """\
-Show what an asset would submit to Slurm: where it would run, what it requests of each node, which project is charged,
-the highest possible cost, whether a limit per run refuses it, what earlier runs have used, a request that would
-be enough, and the batch script. It submits nothing, and opens no connection without --test-only.
+Show what an asset would submit to Slurm, and submit nothing. The output has the partition, the request per node, the
+project that is charged, the highest possible cost, whether a limit forbids it, what earlier runs have used, a request
+that would be enough, and the batch script. Without --test-only, no connection is opened.
 
 It runs the asset's own code on this machine up to the call of compute.run, in a temporary Dagster instance, with the
 resources and IO managers of the project. It shows a graph asset step by step, without the steps that need the result of

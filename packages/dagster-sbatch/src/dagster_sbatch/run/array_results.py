@@ -125,9 +125,9 @@ class CompletedArray(Completed):
         """
         if self._skipped:
             text = (
-                f"Earlier runs have completed {count_of(self._skipped, 'partition')} of this run, and what their tasks "
-                "reported is not kept, but the asset reads it. Re-execute all of this run. If the asset makes a value "
-                "of it, declare its type, `-> dg.MaterializeResult[dict]`: then this run skips no partition."
+                f"Earlier runs have completed {count_of(self._skipped, 'partition')} of this run. The asset reads what "
+                "their tasks reported, but that is not kept. Re-execute all of this run. If the asset returns a value, "
+                "declare the value's type, `-> dg.MaterializeResult[dict]`: then no run skips partitions."
             )
             raise dg.Failure(text, allow_retries=False)
         return self._tasks

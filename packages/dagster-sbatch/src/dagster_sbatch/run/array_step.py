@@ -52,8 +52,8 @@ class ArrayStep:
         if by_partition and not calls_of(context).claim_once("partitions"):
             raise failure(
                 name,
-                "this step has called compute.run with an array of its partitions before. A partition is done once, so "
-                "Dagster could not tell which call it is done for. Make an asset of each call.",
+                "this step has already called compute.run with an array of its partitions. Dagster stores a partition "
+                "only once, and could not distinguish the calls. Make a separate asset for each call.",
                 final=True,
             )
         self._completed = CompletedPartitions(context, plan.tasks)

@@ -26,7 +26,7 @@ from dagster_sbatch.slurm import SlurmRequest
 
 ELSEWHERE = """\
 this run is Dagster's own retry of one that was interrupted on {before}. \
-Dagster now runs on {now} with DATA_ROOT={root}, where the data and the Slurm jobs of that run are not.
+Dagster now runs on {now} with DATA_ROOT={root}. The data and the Slurm jobs of that run are not there.
 To attach to a job that is still running, start Dagster with the former settings and re-execute this run. \
 To compute everything with the present settings, re-execute all of it."""
 OTHER_DATA = """\

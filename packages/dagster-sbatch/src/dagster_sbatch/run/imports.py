@@ -160,7 +160,7 @@ def _reason(module: str, project: Project, lock: Path | None) -> str | None:
     if module == _ENGINE:
         return "it runs beside Dagster, and is not sent. A workload needs dagster_pipes only."
     if (project.root / module).is_dir() or (project.root / f"{module}.py").is_file():
-        return "it is a part of this project outside the code root, and only that is sent. Move it into the code root."
+        return "it is outside the code root, and only the code root is sent. Move it into the code root."
     locked = set()
     with suppress(ConfigurationError):
         locked = {str(pin.name) for pin in read_lock(lock).pins} if lock else set()

@@ -171,7 +171,7 @@ def _explain_session(messages: Messages, workload: str) -> str | None:
         return f"{workload} ended without opening a Dagster Pipes session: wrap its work in `with open_dagster_pipes()`"
     if messages.open > 0:
         return (
-            f"{workload} ended without closing its Dagster Pipes session: something ended it in mid-work, or its work "
+            f"{workload} ended without closing its Dagster Pipes session: something ended it too early, or its work "
             "is not inside `with open_dagster_pipes()`"
         )
     return None

@@ -257,7 +257,7 @@ class RemoteArray(RemoteStep, JobHandler):
         array_job, job = self._jobs_by_run.pop(run), self._runs.pop(run)
         if short := sum(bool(end.short) for end in array_job.ends.values()):
             tasks = f"{count_of(short, 'task')} of job {job}"
-            self._log.warning(f"Not all output of {tasks} arrived. Unless removed, it is in {run}/tasks.")
+            self._log.warning(f"Not all output of {tasks} arrived. It is in {run}/tasks, unless removed.")
         for task, found in rows.items():
             if task in array_job.ends and task not in array_job.repeated:
                 end = replace(array_job.ends[task], rows=found)

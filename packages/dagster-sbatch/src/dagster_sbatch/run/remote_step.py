@@ -110,7 +110,7 @@ class RemoteStep(ABC):
         except RemovedError as error:
             del self._runs[error.run]
             self._keep_completed()
-            text = f"{error}\nRe-execute this run to submit a new job; leave the folders of runs that are not over."
+            text = f"{error}\nRe-execute this run. Do not remove the folder of a run that is not over."
             raise self._failure(f"{text}{self._still_running}") from None
         except RefusedError as error:
             raise self._failure(f"{self._explain(error)}{self._still_running}") from None
@@ -278,8 +278,8 @@ class RemoteStep(ABC):
             return
         job = self._jobs or self._left or "(just submitted)"
         report = (
-            f"The step cannot reach its Slurm job {job} on {where}, which is not affected. {text}\n"
-            "Fix that while the run waits: it tries again by itself. Every link of the chain is tested by\n"
+            f"The step cannot reach its Slurm job {job} on {where}. The job is not affected. {text}\n"
+            "Fix the cause while the run waits: it retries by itself. To check all that it needs:\n"
             "  scripts/doctor"
         )
         self._log.error(report)

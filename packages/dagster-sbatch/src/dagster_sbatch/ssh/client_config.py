@@ -53,7 +53,7 @@ def read_route(settings: Settings) -> tuple[Hop, Hop | None]:
     the user who runs this has no name.
     """
     if settings.edge_node_host is None:
-        raise ConfigurationError("SLURM_EDGE_NODE_HOST is not set: the name of the login node")
+        raise ConfigurationError("SLURM_EDGE_NODE_HOST is not set. Set it to the name of the login node")
     file = Path("~/.ssh/config").expanduser()
     try:
         config = SSHConfig.from_text(_without_ignored(file))
@@ -102,7 +102,7 @@ def _read_hop(config: SSHConfig, alias: str, first: _Login, default: _Login) -> 
     keys = [Path(name) for name in found.get("identityfile", []) if name.lower() != "none"]
     key = first.key or next((key for key in keys if key.exists()), keys[0] if keys else default.key)
     if key is None:
-        raise ConfigurationError("SLURM_EDGE_NODE_KEY_PATH is not set: your private SSH key, like ~/.ssh/id_musica")
+        raise ConfigurationError("SLURM_EDGE_NODE_KEY_PATH is not set. Name your private key, like ~/.ssh/id_musica")
     listed = found.get("userknownhostsfile", "~/.ssh/known_hosts ~/.ssh/known_hosts2")
     try:
         files = [Path(name).expanduser() for name in shlex.split(listed) if name != "none"]

@@ -166,7 +166,7 @@ def _describe(error: Exception, hop: Hop, gateway: Connection | None) -> str:
     if isinstance(error, socket.gaierror):
         reason = f"the name is not known ({error.strerror}). Check its spelling, the network and the VPN"
     elif isinstance(error, ConnectionRefusedError):
-        reason = "it refuses connections. SSH is switched off there, or uses another port: SLURM_EDGE_NODE_PORT"
+        reason = "it refuses connections. SSH is off there, or SLURM_EDGE_NODE_PORT is not its port"
     else:
         reason = text_of(error)
     return f"{hop} cannot be reached{through}: {reason}"

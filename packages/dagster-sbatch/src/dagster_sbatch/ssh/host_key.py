@@ -25,16 +25,16 @@ Copy the line `@cert-authority PATTERN TYPE KEY` from your computing centre's do
 above for its key. Then append it to {file}."""
 _UNKNOWN_KEY = """\
 Ask your computing centre for a `@cert-authority` line, or for the fingerprints of its login nodes. If one of them is
-the one above, log in once, compare again, and answer yes, which writes {file}:
+equal to the one above, log in once by hand, compare again, and answer yes. That writes {file}:
   ssh -p {port} {host}"""
 _CHANGED = """\
-The centre may have given the machine a new key, which it then announces; the name may stand for several machines; or
+Either the centre has given the machine a new key and announces that; or the name stands for several machines; or
 somebody intercepts the connection. Compare the fingerprint with those that the centre publishes. Only if it is one of
-them, correct the lines above; better, put the centre's `@cert-authority` line there, which covers all machines."""
+them, correct the lines above. Better: replace them by the centre's `@cert-authority` line, for all machines."""
 _UNUSED = """
-SUPERCOMPUTER_SITE_OVERRIDES names an authority for it, {authorities}, which counts once the lines above are removed."""
-_REVOKED = "Do not connect. The key was revoked, since somebody else may have it. Ask your computing centre."
-_BAD_CERTIFICATE = "Only your computing centre can correct that. Tell it."
+The site's entry names an authority for it, {authorities}. It is used only if you remove the lines above."""
+_REVOKED = "Do not connect. The key was revoked, because somebody else may have it. Ask your computing centre."
+_BAD_CERTIFICATE = "Tell your computing centre: only the centre can correct that."
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def check(blob: bytes, host: str, port: int, known: KnownHosts) -> None:
         signed = certificate.authority in [entry.key for entry in authorities]
         advice = _BAD_CERTIFICATE if signed else _UNKNOWN_AUTHORITY
     else:
-        reason = "its key is another than the known one" if keys else "its key is not known"
+        reason = "its key differs from the known one" if keys else "its key is not known"
         advice = _CHANGED if keys else _UNKNOWN_KEY
     advice = advice.format(host=host, port=port, file=known.files[0])
     if entries and (unused := [entry for entry in _site_authorities(known, names) if entry not in entries]):

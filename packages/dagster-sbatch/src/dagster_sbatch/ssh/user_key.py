@@ -70,7 +70,7 @@ class UserKey:
         if partial:
             return AuthenticationError(
                 f"{hop} has accepted the key {self.path} of {hop.user!r} and requires a second factor: "
-                f"{', '.join(methods)}. That is for people, and nobody is there to answer. "
+                f"{', '.join(methods)}. Only a person could answer, and none is there. "
                 "Ask your computing centre for a way to log in without it."
             )
         public = fingerprint(self.private.asbytes())
@@ -101,8 +101,8 @@ class UserKey:
             return f"The certificate {problem}. {_RENEW}"
         if hop.user not in certificate.principals:
             return (
-                f"The certificate is not for {hop.user!r}: set SLURM_EDGE_NODE_USER to a name that it is for, "
-                "or get a certificate of that user."
+                f"The certificate is not for {hop.user!r}. Set SLURM_EDGE_NODE_USER to a name in the certificate, "
+                f"or get a certificate for {hop.user!r}."
             )
         return (
             f"The certificate is valid and for {hop.user!r}, so the server does not trust its authority, or has closed "

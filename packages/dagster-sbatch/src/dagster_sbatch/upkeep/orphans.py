@@ -33,8 +33,8 @@ def make_orphan_sensor(project: Project) -> dg.SensorDefinition:
         name="cancel_orphaned_jobs",
         minimum_interval_seconds=30,
         default_status=running_on_supercomputer(project),
-        description="Cancels Slurm jobs whose run was terminated, or whose step has succeeded with another job. Lists "
-        "jobs whose run failed while they were running in a check of musica_access: a re-execution attaches to them. "
+        description="Cancels Slurm jobs whose run was terminated, or whose step has succeeded with another job. If a "
+        "run failed while its job was running, a check of musica_access lists the job: a re-execution attaches to it. "
         "Connects only when there are such runs, and ignores jobs of runs that this Dagster does not know.",
     )
     def cancel_orphaned_jobs(context: dg.SensorEvaluationContext) -> dg.SensorResult:
@@ -49,8 +49,8 @@ def make_job_checks(project: Project) -> tuple[dg.AssetChecksDefinition, dg.Asse
     @dg.asset_check(
         asset=ACCESS,
         name=LEFT_JOBS,
-        description="Whether every job on the supercomputer is followed by a run. A job is not if its step or its "
-        "process failed while the job was running: re-execute that run.",
+        description="Whether a run follows every job on the supercomputer. If a step or its process failed while the "
+        "job was running, no run follows the job: re-execute the run that failed.",
     )
     def jobs_are_followed(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
         def find(runs: Runs) -> tuple[bool, str]:
@@ -62,8 +62,8 @@ def make_job_checks(project: Project) -> tuple[dg.AssetChecksDefinition, dg.Asse
     @dg.asset_check(
         asset=ACCESS,
         name=REACHABLE,
-        description="Whether steps can reach their jobs on the supercomputer. Each step that cannot reports it, with "
-        "what to do, and reports again when it can.",
+        description="Whether steps can reach their jobs on the supercomputer. A step that cannot reach its job reports "
+        "this, with what to do, and reports again when it can.",
     )
     def jobs_are_reachable() -> dg.AssetCheckResult:
         return _ask(project, lambda runs: (True, f"The supercomputer has {count_of(len(runs.all()), 'run')}."))
@@ -76,7 +76,7 @@ def _ask(project: Project, question: Callable[[Runs], tuple[bool, str]]) -> dg.A
         with open_runs(project.load_settings(supercomputer=True), project, TICK_SECONDS) as runs:
             passed, text = question(runs)
     except NO_ACCESS as error:
-        passed, text = False, f"{error}\nEvery link of the chain is tested by\n  scripts/doctor"
+        passed, text = False, f"{error}\nTo check all that access needs:\n  scripts/doctor"
     return dg.AssetCheckResult(passed=passed, description=markdown(text))
 
 

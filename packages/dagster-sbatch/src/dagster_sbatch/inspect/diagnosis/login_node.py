@@ -16,7 +16,7 @@ WANTED_FILES = 65536
 
 def check_login(facts: Facts) -> Finding:
     """Log in, start the agent, and take the survey that the checks below read."""
-    settings, fix = facts.settings, "do what it says; else try again, and check what your login shell does there"
+    settings, fix = facts.settings, "do what the message says; or try again, and check what your login shell does"
     told: list[str] = []  # such as what to ask of a login shell that hangs
     facts.runs = facts.until_the_end.enter_context(open_runs(settings, facts.project, SECONDS, told.append))
     request = {"do": "survey.survey", "path": str(settings.deployment_base_path)}
@@ -34,7 +34,7 @@ def check_slurm(facts: Facts) -> Finding:
     """Check that Slurm's commands are there and that its controller answers."""
     missing = facts.survey["missing"]
     if missing:
-        fix = "load the module that has them in setup_commands of SUPERCOMPUTER_SITE_OVERRIDES, or ask the centre"
+        fix = "in setup_commands of SUPERCOMPUTER_SITE_OVERRIDES, load the module that has them; or ask the centre"
         return broken(f"not on PATH of the login node: {', '.join(missing)}", fix)
     code, text = facts.survey["controller"]
     if code or " UP" not in text.upper().replace(" IS", " "):
@@ -56,11 +56,11 @@ def check_partitions(facts: Facts) -> Finding:
         allowed = there[partition].get("AllowQos", "ALL").split(",")
         refused = [qos for qos in wanted.qos if allowed != ["ALL"] and qos not in allowed]
         if refused:
-            fix = f"correct SUPERCOMPUTER_SITE_OVERRIDES; it takes {', '.join(allowed)}"
-            return broken(f"partition {partition} does not take QoS {', '.join(refused)}", fix)
+            fix = f"correct SUPERCOMPUTER_SITE_OVERRIDES; the partition allows {', '.join(allowed)}"
+            return broken(f"partition {partition} does not allow QoS {', '.join(refused)}", fix)
     down = [partition for partition in facts.site.partitions if there[partition].get("State") != "UP"]
     if down:
-        return warning(f"not UP: {', '.join(down)}", "jobs wait until the centre opens it")
+        return warning(f"not UP: {', '.join(down)}", "wait: jobs there start when the centre opens the partition")
     return ok(", ".join(facts.site.partitions))
 
 
@@ -71,7 +71,7 @@ def check_storage(facts: Facts) -> Finding:
     found = "\n".join(f"${name} {folders[name]}: {room}" for name, room in rooms.items())
     full = [f"${name}" for name, room in rooms.items() if _is_short(room)]
     if full:
-        return warning(found, f"make room in {' and '.join(full)}: remove what you do not need there")
+        return warning(found, f"free space in {' and '.join(full)}: remove what you do not need there")
     return ok(found)
 
 
@@ -79,11 +79,11 @@ def check_folder(facts: Facts) -> Finding:
     """Check that SLURM_DEPLOYMENT_BASE_PATH can be written to and has room."""
     base, above, refusal = (facts.survey[name] for name in ("base", "above", "refusal"))
     if refusal:
-        fix = "choose another SLURM_DEPLOYMENT_BASE_PATH, or make room (your quota?)"
+        fix = "choose another SLURM_DEPLOYMENT_BASE_PATH, or free space (is your quota full?)"
         return broken(f"{above} cannot be written to: {refusal}", fix)
     room = _room(facts, "base")
     if _is_short(room):
-        return warning(f"{above}: {room}", "make room there: scripts/deploy_environment.py --help says how")
+        return warning(f"{above}: {room}", "free space there: scripts/deploy_environment.py --help says how")
     return ok(f"{base}: {room}{'' if above == base else '; the first run creates it'}")
 
 

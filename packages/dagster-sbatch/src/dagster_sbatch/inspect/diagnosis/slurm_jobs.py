@@ -45,7 +45,7 @@ def check_locks(facts: Facts) -> Finding:
     """Check that a lock on one login node is seen on another: two Dagsters must not act on the same run."""
     with open_runs(facts.settings, facts.project, LOCK_SECONDS) as runs:
         if runs.gateway.claim(runs.folder, LOCK_FAMILY, uuid.uuid4().hex, "scripts/doctor").held_by:
-            return ok("another doctor holds the lock")
+            return ok("another doctor is checking them at the moment")
         return _try_to_lock(facts, runs.gateway.ping())
 
 
@@ -55,14 +55,14 @@ def _try_to_lock(facts: Facts, holder: str) -> Finding:
             host = runs.gateway.ping()
             if runs.gateway.claim(runs.folder, LOCK_FAMILY, uuid.uuid4().hex, "scripts/doctor").held_by is None:
                 return warning(
-                    f"a lock that {holder} holds is not seen on {host}: two Dagsters could act on the same run, or "
+                    f"a file lock of {holder} is not seen on {host}: two Dagsters could act on the same run, or "
                     "make the same environment",
                     "set SLURM_DEPLOYMENT_BASE_PATH to a folder on another file system, or SLURM_EDGE_NODE_HOST to one "
                     "login node; or ask the centre to switch on locks for the whole cluster",
                 )
         if host != holder:
-            return ok(f"a lock of {holder} holds on {host}, too")
-    return ok(f"a lock of one process on {holder} holds for others there; no other login node was reached")
+            return ok(f"{host} respects a file lock of {holder}")
+    return ok(f"file locks work on {holder}; no other login node was reached to compare")
 
 
 def check_jobs(facts: Facts) -> Finding:
@@ -71,7 +71,7 @@ def check_jobs(facts: Facts) -> Finding:
     strange = [run for run in waiting if not any(map(facts.instance.has_run, run.followers))]
     if strange:
         jobs = ", ".join(f"{run.job} ({run.about.asset})" for run in strange)
-        fix = "leave them to the other Dagster that submitted them; if there is none: scripts/job JOB cancel"
+        fix = "if another Dagster has submitted them, leave them alone; if none has: scripts/job JOB cancel"
         return warning(f"of runs that this Dagster does not know: {jobs}", fix)
     return ok(f"{len(waiting)} waiting or running")
 
@@ -87,17 +87,17 @@ def check_environment(facts: Facts) -> Finding:
     if settings.deployment != "production_supercomputer":
         if settings.python:
             environments.check_interpreter(specs[DEFAULT])
-        return ok(f"a run on {settings.deployment} makes its own")
+        return ok(f"a run on {settings.deployment} makes its own environment")
     published = {group: there for group in specs if (there := environments.published(group))}
     if DEFAULT not in published:
-        return broken("nothing has been published: runs are refused", publish)
+        return broken("nothing has been published, so runs are refused", publish)
     if lacking := sorted(specs.keys() - published.keys()):
         found = f"environment {', '.join(lacking)} has not been published: runs of assets that name it are refused"
         return broken(found, publish)
     differences = [each for group in specs for each in specs[group].differences_from(published[group].environment)]
     if differences:
         found = "\n".join(["what is here is not what was published: runs are refused", *dict.fromkeys(differences)])
-        return broken(found, f"go back to what was published, with git, or publish what is here: {publish}")
+        return broken(found, f"restore what was published, with git, or publish what is here: {publish}")
     current = published[DEFAULT]
     revision = f", revision {current.revision}" if current.revision else ""
     return ok(f"published at {current.at:%Y-%m-%d %H:%M} UTC{revision}")

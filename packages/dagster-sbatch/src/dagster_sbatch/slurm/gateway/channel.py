@@ -33,7 +33,7 @@ DEAD_SECONDS = 45.0  # a connection over which nothing comes for this long is gi
 SHELL_SECONDS = 600.0
 HANGS = "The login node answers, but its login shell has not started the agent yet. Find out what its profile waits "
 HANGS += "for:\n  bash -lc true"
-ENDS = "If that does not say why: does the login profile there exit, or run another shell, as by `exec zsh`? Try it:\n"
+ENDS = "If that does not say why, check whether the login profile there exits, or starts another shell (`exec zsh`):\n"
 ENDS += "  bash -lc 'echo it works'"
 READ_SECONDS = 0.5  # the longest wait for bytes, before `stop` is checked again
 Frame = tuple[Mapping[str, Any], bytes]
@@ -87,7 +87,7 @@ class Channel(ABC):
             data = self._read(READ_SECONDS)
         except TimeoutError:
             if now - self._heard > DEAD_SECONDS:
-                silence = f"nothing has come for {DEAD_SECONDS:.0f} s\n{self._no_agent()}".strip()
+                silence = f"no answer for {DEAD_SECONDS:.0f} s\n{self._no_agent()}".strip()
                 if self._greeted or now - self._begun > SHELL_SECONDS or not self._is_alive():
                     raise OSError(silence) from None
                 self._heard = now

@@ -115,10 +115,10 @@ def probe(ask):
         text = "%s=%s does not run on %s: %s" % (ask["asked_by"], fixed, host, " ".join(said.split())[-500:])
         text += "\nName a Python interpreter, or the folder that has its bin/python, which all nodes can see and run."
         raise RequestError("refused", text)
-    seen = ", ".join("%s is %s" % (each["given"], each["version"]) for each in found) or "none of them is there"
+    seen = ", ".join("%s is %s" % (each["given"], each["version"]) for each in found) or "none exists"
     text = "no Python %s to %s on %s: of %s, %s. Name another one in python_candidates of "
     text += "SUPERCOMPUTER_SITE_OVERRIDES, load one in its setup_commands (module load ...), or make an environment "
-    text += "there by other means and set SLURM_PYTHON to its interpreter"
+    text += "there yourself, and set SLURM_PYTHON to its interpreter"
     raise RequestError("refused", text % (dotted(ask["oldest"]), dotted(ask["newest"]), host, ", ".join(names), seen))
 
 

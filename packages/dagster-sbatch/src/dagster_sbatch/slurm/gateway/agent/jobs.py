@@ -181,7 +181,7 @@ def sbatch(run, lock, variables):
     found = JOB_ID.findall(out)  # wrappers and submit filters print more than the id
     if child.returncode == 0 and found:
         return found[-1]
-    said = err.strip() or out.strip() or "sbatch ended with exit code %d, and says nothing" % child.returncode
+    said = err.strip() or out.strip() or "sbatch ended with exit code %d, and gave no reason" % child.returncode
     if child.returncode <= 0 or UNSURE.search(err):
         raise RequestError("temporary", said)
     os.unlink(os.path.join(run, "tried"))

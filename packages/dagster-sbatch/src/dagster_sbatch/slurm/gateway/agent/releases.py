@@ -28,7 +28,7 @@ def refuse_lost(folder, names):
     """Refuse a request that needs environments of which one does not exist any more."""
     for name in names:
         if not is_whole(os.path.join(folder, name), HERE):
-            raise RequestError("refused", "environment %s does not exist, or not any more" % name)
+            raise RequestError("refused", "environment %s does not exist (any more)" % name)
 
 
 def keep(folder, entries):
@@ -107,7 +107,7 @@ def roll_back(_, ask, say):
     with locked(folder, say):
         entries = history(folder)
         if len(entries) < 2:
-            raise RequestError("refused", "nothing was published before what is now: there is nothing to go back to")
+            raise RequestError("refused", "there was only one publication, so there is nothing to go back to")
         before = entries[-2]
         refuse_lost(folder, before["groups"].values())
         keep(folder, entries[:-1])

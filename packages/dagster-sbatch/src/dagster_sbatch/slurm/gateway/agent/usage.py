@@ -46,7 +46,7 @@ def usage(agent, ask, _):
     names = sorted({row[1] for row in known["rows"]})
     above = tried(parents, names, settings or {})
     if names and above == {}:
-        trouble.append("sacctmgr: Slurm hides from you what is above your projects, and may limit them (PrivateData)")
+        trouble.append("sacctmgr: Slurm hides the accounts above your projects, whose limits count, too (PrivateData)")
     return {
         "user": user(),
         "projects": names,
