@@ -1,1 +1,1 @@
-"""Asset declarations, one file a domain."""
+"""Asset declarations, one file per topic."""

@@ -31,25 +31,31 @@ AVOIDED = re.compile(
 HEAD = """\
 # Settings
 
-Values come from the process environment, else from `.env` at the root of the repository, else from one file of `envs/`:
-`.env.development`, or for the `*_supercomputer` deployments `.env.<SLURM_SUPERCOMPUTER_SITE>`. Blank means unset, `~`
-your home. A file that holds a secret must be yours alone (`chmod 600`). An unknown variable in these files is an error
-if it begins with `SLURM_`, `ASC_` or `DAGSTER_DEPLOYMENT`. This table is made from `dagster_sbatch.settings`.
+Each setting is a variable. The first of these places that has the variable gives its value:
 
-Dagster's own commands, and so its services and their runs, put the variables of `.env` over those of the process
-environment. `scripts/dev` does not start if the two differ. Before you call `dagster` yourself, or use the units of
-[long-running](long-running.md), remove from `.env` what your shell or the units set, such as `DAGSTER_DEPLOYMENT` and
-`DAGSTER_HOME`.
+1. the process environment
+2. `.env` at the root of the repository
+3. one file of `envs/`: `.env.development`, or for the `*_supercomputer` deployments `.env.<SLURM_SUPERCOMPUTER_SITE>`
 
-The deployment is `development` unless the process environment or `.env` has `DAGSTER_DEPLOYMENT`. The file
-`.env.<SLURM_SUPERCOMPUTER_SITE>` has that line, too. It counts in commands that always concern the supercomputer, such
-as `scripts/doctor` and `scripts/preview`. Elsewhere it counts only if the process environment or `.env` sets
-`SLURM_SUPERCOMPUTER_SITE` and not `DAGSTER_DEPLOYMENT`.
+A blank value means that the variable is not set, and `~` means your home. If a file holds a secret, only you may be able
+to read it (`chmod 600`). An unknown variable in these files is an error if it begins with `SLURM_`, `ASC_` or
+`DAGSTER_DEPLOYMENT`. The table below is made from `dagster_sbatch.settings`.
 
-`SLURM_PARTITION`, `SLURM_QOS`, `SLURM_ACCOUNT` and `SLURM_RESERVATION` are also variables of `srun`, with the same
-meaning. Where a module or profile exports one of them on the machine on which Dagster runs, that value wins over the
-file, as any variable of the process environment does. `scripts/preview ASSET` shows the result; `unset` the variable if
-it is not meant.
+**Dagster's own commands read `.env` differently.** With `dagster`, its services and their runs, the variables of `.env`
+replace those of the process environment. `scripts/dev` does not start if the two differ. Before you call `dagster`
+yourself, or use the units of [long-running](long-running.md), remove from `.env` all variables that your shell or the
+units set, such as `DAGSTER_DEPLOYMENT` and `DAGSTER_HOME`.
+
+**Which deployment is it?** It is `development`, unless the process environment or `.env` sets `DAGSTER_DEPLOYMENT`. The
+file `.env.<SLURM_SUPERCOMPUTER_SITE>` sets it as well, but that line is used only
+
+- by commands that are always about the supercomputer, such as `scripts/doctor` and `scripts/preview`;
+- by other commands if the process environment or `.env` sets `SLURM_SUPERCOMPUTER_SITE`, but not `DAGSTER_DEPLOYMENT`.
+
+**Variables that Slurm knows, too.** `SLURM_PARTITION`, `SLURM_QOS`, `SLURM_ACCOUNT` and `SLURM_RESERVATION` are also
+variables of `srun`, with the same meaning. If a module or your shell's profile exports one of them on the machine where
+Dagster runs, this value is used instead of the one in the file. `scripts/preview ASSET` shows the result. If you do not
+want that value, `unset` the variable.
 
 | variable | meaning | default | example |
 |---|---|---|---|

@@ -76,7 +76,7 @@ class Settings(BaseSettings):
     edge_node_port: int = _variable("SLURM_EDGE_NODE_PORT", "SSH port of the login node.", "22", 22, ge=1, le=65535)
     edge_node_user: str | None = _variable("SLURM_EDGE_NODE_USER", "Your user name on the supercomputer.", "xy12345")
     edge_node_key_path: LocalPath | None = _variable(
-        "SLURM_EDGE_NODE_KEY_PATH", "Private SSH key; its certificate is the file beside it.", "~/.ssh/id_musica"
+        "SLURM_EDGE_NODE_KEY_PATH", "Private SSH key; the certificate lies beside it.", "~/.ssh/id_musica"
     )
     deployment_base_path: RemotePath | None = _variable(
         "SLURM_DEPLOYMENT_BASE_PATH",
@@ -92,7 +92,7 @@ class Settings(BaseSettings):
     )
     partition: str | None = _variable(
         "SLURM_PARTITION",
-        "Preferred partition. A request that needs the other kind (with GPUs, without) gets a partition of that kind.",
+        "Preferred partition. If its nodes do not suit a request (GPUs or none), another partition is chosen.",
         "zen4_0768_h100x4",
     )
     qos: str | None = _variable(
@@ -120,7 +120,7 @@ class Settings(BaseSettings):
         "64",
     )
     most_node_hours_per_run: Hours | None = _variable(
-        "SLURM_MOST_NODE_HOURS_PER_RUN", "The same for node-hours.", "100"
+        "SLURM_MOST_NODE_HOURS_PER_RUN", "Node-hours that one call may cost.", "100"
     )
     budget_gpu_hours: Hours | None = _variable(
         "SLURM_BUDGET_GPU_HOURS",
@@ -174,7 +174,7 @@ class Settings(BaseSettings):
     )
     authentik_refresh_skew_days: Skew | None = _variable(
         "ASC_AUTHENTIK_REFRESH_SKEW_DAYS",
-        "Days before they expire when both stored secrets are replaced. "
+        "How many days before they expire both stored secrets are replaced. "
         "Default: 7, or a third of their lifetime if that is less.",
         "3",
     )
@@ -187,7 +187,7 @@ class Settings(BaseSettings):
     )
     step_refresh_skew: Skew | None = _variable(
         "ASC_STEP_REFRESH_SKEW",
-        "Minutes before it expires when the certificate is replaced. Default: after two thirds of its life.",
+        "How many minutes before its end a certificate is replaced. Default: after two thirds of its life.",
         "60",
     )
 

@@ -34,7 +34,7 @@ class Launcher(CheckedModel, ABC):
     """Variables that it sets for the workload; an asset cannot set them."""
 
     pre_start_commands: tuple[str, ...] = Field(
-        (), description="Shell commands that every node of the job runs first; a failing one is reported and skipped."
+        (), description="Shell commands that every node of the job runs first. If one fails, stderr says so."
     )
     container: Container | None = Field(None, description="The image in which the workload runs; default: none.")
 

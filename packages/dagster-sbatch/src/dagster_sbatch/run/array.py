@@ -55,7 +55,7 @@ class JobArray(CheckedModel):
     tasks: Annotated[dict[str, dict[str, Any]] | None, BeforeValidator(_parameter_sets)] = Field(
         None,
         description="Parameter sets by name, one task each; JSON. A task finds the values of its set in "
-        "`pipes.extras`. A list of pairs (name, set) is accepted, too, and refused if a name comes twice.",
+        "`pipes.extras`. A list of pairs (name, set) is accepted, too; no name may occur twice.",
     )
 
     def __init__(self, **fields: Any) -> None:  # type checkers accept what the validators do

@@ -45,7 +45,7 @@ class FakeCompute(ComputeResource):
         assert compute.calls[0].plan.allocation.request.cpus_per_task == 2
     """
 
-    metadata: dict[str, Any] = Field({}, description="What each workload reports of each of its assets.")
+    metadata: dict[str, Any] = Field({}, description="What each workload reports on each of its assets.")
     failed_checks: list[str] = Field([], description="Names of declared asset checks that do not pass; all others do.")
     name: str = Field(
         "", description="Identifies this object. Dagster copies resources; all copies record the same calls."

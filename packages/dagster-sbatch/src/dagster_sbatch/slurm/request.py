@@ -71,7 +71,7 @@ class Retries(CheckedModel):
         ConfigurationError: a field is unknown or has a wrong value; the text lists all problems.
     """
 
-    max_retries: NonNegativeInt = Field(3, description="Attempts after the first one, for all causes together.")
+    max_retries: NonNegativeInt = Field(3, description="How many attempts may follow the first one, for all causes.")
     max_mem: Memory | None = Field(
         None,
         description="After the job ran out of memory, request `factor` times the memory, at most this: per node, or "
@@ -82,7 +82,7 @@ class Retries(CheckedModel):
         description="After the job reached its time limit, request `factor` times the time, at most this. None: such a "
         "job is not repeated.",
     )
-    factor: float = Field(2, gt=1, le=100, description="By how much memory or time grows from attempt to attempt.")
+    factor: float = Field(2, gt=1, le=100, description="By which factor memory or time grows with each attempt.")
     exclude_failed_nodes: bool = Field(
         default=False,
         description="Exclude the node of a one-node job that failed, or that has a broken GPU. A broken GPU is a cause "
@@ -133,9 +133,9 @@ class SlurmRequest(CheckedModel):
         timedelta(hours=1),
         description="Limit of the run time, for instance '02:00:00' or '1-12', or a timedelta; becomes --time.",
     )
-    partition: Name | None = Field(None, description="Overrides the deployment's choice.")
-    qos: Name | None = Field(None, description="Overrides the deployment's choice.")
-    account: Name | None = Field(None, description="The project that the site charges.")
+    partition: Name | None = Field(None, description="Partition, in place of SLURM_PARTITION.")
+    qos: Name | None = Field(None, description="QoS, in place of SLURM_QOS.")
+    account: Name | None = Field(None, description="The project that is charged, in place of SLURM_ACCOUNT.")
     reservation: Name | None = Field(None, description="A reservation of the site.")
     constraint: Constraint | None = Field(None, description="Features that the nodes must have.")
     exclude: NodeList | None = Field(None, description="Nodes that the job must not use.")
@@ -151,7 +151,7 @@ class SlurmRequest(CheckedModel):
         None, description="GPU-hours that one call of compute.run may cost; replaces SLURM_MOST_GPU_HOURS_PER_RUN."
     )
     most_node_hours: Hours | None = Field(
-        None, description="Node-hours that it may cost; replaces SLURM_MOST_NODE_HOURS_PER_RUN."
+        None, description="Node-hours that one call may cost; replaces SLURM_MOST_NODE_HOURS_PER_RUN."
     )
     gpu_idle_limit: Time | None = Field(
         None, description="End the job when all its GPUs have been idle for this long, for instance '00:20:00'."

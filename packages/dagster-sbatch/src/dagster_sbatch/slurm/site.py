@@ -34,14 +34,14 @@ class _Part(BaseModel):
 class Qos(_Part):
     """Limits of a quality of service; a limit that is left out is not checked."""
 
-    time_limit: Time | None = Field(None, description="The longest time limit that it allows.")
-    nodes: PositiveInt | None = Field(None, description="The most nodes that a user may have in it.")
+    time_limit: Time | None = Field(None, description="The longest time limit of a job in this QoS.")
+    nodes: PositiveInt | None = Field(None, description="The most nodes that one user may have in this QoS.")
 
 
 class Partition(_Part):
     """Nodes of one kind."""
 
-    cores: PositiveInt = Field(description="CPUs that a job can have on a node; cores if threads_per_core is 1.")
+    cores: PositiveInt = Field(description="CPUs that a job can have on one node. With threads_per_core=1: cores.")
     mem: Memory = Field(description="Memory per node.")
     gpus: int = Field(0, ge=0, description="GPUs per node.")
     cores_per_gpu: PositiveInt | None = Field(None, description="CPUs per GPU, for requests that name no CPUs.")
@@ -51,7 +51,7 @@ class Partition(_Part):
         ge=0,
         description="What the centre charges for a node for an hour, in its own unit; shown by scripts/costs.",
     )
-    tokens_per_gpu_hour: float | None = Field(None, ge=0, description="The same for a GPU for an hour.")
+    tokens_per_gpu_hour: float | None = Field(None, ge=0, description="What it charges for a GPU for an hour.")
     qos: dict[str, Qos] = Field({}, description="QoS of this partition, the ordinary one first; empty: jobs need none.")
 
     def limits_of(self, qos: str | None) -> Qos:
@@ -72,7 +72,7 @@ class ContainerRuntime(_Part):
 class Site(_Part):
     """A supercomputer: its entry in SUPERCOMPUTER_SITE_OVERRIDES, merged over the facts that this package has."""
 
-    partitions: dict[str, Partition] = Field({}, description="By name, the preferred one of each kind first.")
+    partitions: dict[str, Partition] = Field({}, description="By name; first the preferred one of each kind.")
     launchers: dict[_Launcher, dict[str, Any]] = Field(
         {}, description="Fields of launchers by their keys: script, srun, command, batch_script, ray."
     )

@@ -75,10 +75,10 @@ class CommandLauncher(Launcher):
 class BatchScriptLauncher(CommandLauncher):
     """Runs the workload as the batch script that it is, unchanged.
 
-    Its #SBATCH lines apply where the asset's request says nothing; the run's log names those that do not apply. The
-    exit code of the script decides about success, and it may report by the command `pipes`, as with CommandLauncher. It
-    runs in a folder of the run that has links to the files beside the script; SLURM_SUBMIT_DIR is that folder. With a
-    container, all of it runs in the image, which has neither srun nor module.
+    The script's #SBATCH lines apply unless the asset's request has another value; the run's log names lines that do not
+    apply. The script succeeds if its exit code is 0. It may report with the command `pipes`, as with CommandLauncher.
+    It runs in a folder with links to the files that lie beside the script; SLURM_SUBMIT_DIR is this folder. With a
+    container, the whole script runs in the image, which has neither srun nor module.
 
     Example:
         compute.run(context, workload=WORKLOADS / "relax.sbatch", launcher=BatchScriptLauncher())

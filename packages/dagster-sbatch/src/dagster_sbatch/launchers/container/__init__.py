@@ -85,10 +85,10 @@ def _python(text: str) -> str:
 class Container(CheckedModel):
     """An image in which the workload runs, by apptainer or singularity.
 
-    The Python of the image runs the workload, with the packages of the image: those of requirements/cluster.txt are not
-    there. The code of the project and `dagster_pipes` are. The container has the run directory, the folder of the code,
-    DATA_ROOT and the node's local disk, under their own paths, and the variables of the job. Another image under the
-    same path is another input of a run: no job of an earlier attempt with the former image is adopted.
+    The Python of the image runs the workload, with the packages of the image and not those of requirements/cluster.txt.
+    `dagster_pipes` is always there. The container has the run directory, the folder of the code, DATA_ROOT and the
+    node's local disk, with the same paths as outside, and the variables of the job. If you put another image under the
+    same path, a step does not adopt a job of an earlier attempt that ran in the former image.
 
     In `development`, the container is used if this machine has the command and the image; otherwise the workload runs
     without it, and the run's log says so.

@@ -67,7 +67,7 @@ class RayLauncher(Launcher):
         None, description="Size of the object store per node, for instance 64G; default: 30 % of the job's memory."
     )
     startup_time_limit: PositiveInt = Field(
-        120, description="Seconds for all nodes to join; then the job fails and shows the logs of the missing ones."
+        120, description="Seconds in which all nodes must join. Then the job fails, with the logs of missing nodes."
     )
     network_interface: str | None = Field(
         None,
