@@ -37,8 +37,8 @@ Each setting is a variable. The first of these places that has the variable give
 2. `.env` at the root of the repository
 3. one file of `envs/`: `.env.development`, or for the `*_supercomputer` deployments `.env.<SLURM_SUPERCOMPUTER_SITE>`
 
-A blank value means that the variable is not set, and `~` means your home. If a file holds a secret, only you may be able
-to read it (`chmod 600`). An unknown variable in these files is an error if it begins with `SLURM_`, `ASC_` or
+A blank value means that the variable is not set, and `~` means your home. If a file holds a secret, nobody else may
+read it (`chmod 600`). An unknown variable in these files is an error if it begins with `SLURM_`, `ASC_` or
 `DAGSTER_DEPLOYMENT`. The table below is made from `dagster_sbatch.settings`.
 
 **Dagster's own commands read `.env` differently.** With `dagster`, its services and their runs, the variables of `.env`
