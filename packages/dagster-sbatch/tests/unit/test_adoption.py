@@ -13,7 +13,15 @@ import pytest
 from dagster._core.definitions.job_base import InMemoryJob
 from dagster._core.execution.api import execute_run
 
-from dagster_sbatch.launchers import Container, Launcher, RayLauncher, ScriptLauncher
+from dagster_sbatch.launchers import (
+    BatchScriptLauncher,
+    CommandLauncher,
+    Container,
+    Launcher,
+    RayLauncher,
+    ScriptLauncher,
+    SrunLauncher,
+)
 from dagster_sbatch.project import Project
 from dagster_sbatch.run import adoption
 from dagster_sbatch.run.adoption import (
@@ -116,6 +124,21 @@ def test_another_launcher_and_the_order_of_names() -> None:
 
 def test_the_slurm_request_is_not_an_input() -> None:
     assert inputs(request=SlurmRequest(time_limit="02:00:00", nodes=2)) == inputs()
+
+
+@pytest.mark.parametrize(
+    ("launcher", "digest"),
+    [
+        (BatchScriptLauncher(), "d99fcb23c1596a6d"),
+        (CommandLauncher(), "1b1772ebba95329e"),
+        (RayLauncher(), "fd4dd13f6feb4b4d"),
+        (ScriptLauncher(), "c60998384b5dfd8e"),
+        (SrunLauncher(), "5cf9c2bdbda28b89"),
+    ],
+)
+def test_an_upgrade_changes_no_inputs(launcher: Launcher, digest: str) -> None:
+    """An engine with other inputs cancels the jobs of the one before. Leave out a new input while it has no value."""
+    assert digest_of(inputs(launcher)) == digest
 
 
 def test_many_differences_are_counted_and_no_record_is_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
