@@ -105,7 +105,7 @@ def prepare(site: SimulatedSite, home: Path) -> Settings:
     (home / ".ssh").mkdir()
     shutil.copy(site.login.known_hosts, home / ".ssh" / "known_hosts")
     os.environ.update({**site.environment(), "HOME": str(home)})
-    settings = Settings()
+    settings = Settings.model_validate(os.environ)
     ensure_certificate(settings)
     return settings
 

@@ -44,10 +44,9 @@ def load_settings(sites: Collection[str], root: Path, supercomputer: bool = Fals
     """
     known = {**_values(root / ".env"), **_not_blank(os.environ)}
     file = _choose_file(root / "envs", known, sites, supercomputer)
-    files = (file, root / ".env")  # the later one wins, and the process environment over both
-    problems = [problem for path in files for problem in _problems(path)]
+    problems = [problem for path in (file, root / ".env") for problem in _problems(path)]
     try:
-        settings = Settings(_env_file=files)
+        settings = Settings.model_validate({**_values(file), **known})
     except ValidationError as error:
         wrong = describe_at(error, lambda place: str(place[0]), advice=_advice)
         raise ConfigurationError("\n".join([*problems, wrong])) from None

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, SecretStr, ValidationInfo
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationInfo
 
 from dagster_sbatch.setting_paths import check_remote_path, read_local_path
 
@@ -51,10 +50,10 @@ def _variable(name: str, description: str, example: str, default: Any = None, **
     return Field(default, validation_alias=name, description=description, examples=[example], **limits)
 
 
-class Settings(BaseSettings):
+class Settings(BaseModel):
     """The settings of one deployment; `setting_files.load_settings` makes them."""
 
-    model_config = SettingsConfigDict(frozen=True, extra="ignore", case_sensitive=True, env_ignore_empty=True)
+    model_config = ConfigDict(frozen=True)
 
     deployment: Deployment = _variable(
         "DAGSTER_DEPLOYMENT",

@@ -332,8 +332,8 @@ def test_no_algorithm_in_common_is_not_worth_another_try(forge: Forge, monkeypat
 def test_errors_print_nothing_of_their_own(forge: Forge) -> None:
     """Paramiko logs a traceback for each; the error says it all."""
     code = (
-        "from dagster_sbatch.settings import Settings; from dagster_sbatch.ssh import connect\n"
-        "try: connect(Settings(), lambda _: None)\n"
+        "import os; from dagster_sbatch.settings import Settings; from dagster_sbatch.ssh import connect\n"
+        "try: connect(Settings.model_validate(os.environ), lambda _: None)\n"
         "except Exception as error: print(type(error).__name__)"
     )
     with server(lambda connection: None) as port:
