@@ -52,7 +52,7 @@ def connect(
     Raises HostKeyError: the machine's host key or host certificate is unknown, changed, revoked or not valid.
     Raises AuthenticationError: the private key or its certificate cannot be used, or was refused.
     Raises UnreachableError: no answer, refused, lost, or too slow; the caller may retry, after a random delay.
-    Raises SshError: the host's name does not exist, or the two sides have no algorithm in common.
+    Raises SshError: the two sides have no algorithm in common.
     """
     from dagster_sbatch.auth import replace_refused_certificate
     from dagster_sbatch.ssh.client_config import read_route

@@ -142,8 +142,7 @@ class Connection(fabric.Connection):  # type: ignore[misc]  # fabric has no type
             if isinstance(error, paramiko.IncompatiblePeer):
                 raise SshError(f"{hop} and this program have no SSH algorithm in common: {text_of(error)}") from error
             if isinstance(error, OSError | EOFError | paramiko.SSHException):
-                unknown = isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME
-                raise (SshError if unknown else UnreachableError)(_describe(error, hop, self.gateway)) from error
+                raise UnreachableError(_describe(error, hop, self.gateway)) from error
             raise
         self.transport.set_keepalive(KEEPALIVE_SECONDS)
 

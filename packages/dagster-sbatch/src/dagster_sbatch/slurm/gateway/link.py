@@ -26,7 +26,7 @@ MOST_LOGINS, LOGINS_SECONDS = 15, 600.0
 """A link that has opened this many connections within this many seconds waits LONGEST_PAUSE before each further one."""
 BROKEN_TRIES = 4  # after this many broken answers in a row, a request fails
 DENIED_PAUSE, DENIED_PATIENCE = 60.0, 86400.0
-"""Seconds between tries while the login node refuses this client, and after a login that a person may fix errors."""
+"""Seconds between tries, and since the last login, while the login node refuses this client: a person may fix that."""
 PYTHON_ADVICE = (
     "The agent needs Python 3.6 or newer. Name one in python_candidates of SUPERCOMPUTER_SITE_OVERRIDES, "
     "or load one in its setup_commands."
@@ -147,9 +147,10 @@ class Link:
         text = f"no certificate to log in with: {error}" if isinstance(error, AccessError) else str(error)
         if isinstance(error, AccessError) and error.temporary:
             return AgainError(text)
-        lately = self._let_in is not None and monotonic() - self._let_in <= DENIED_PATIENCE
-        kind = _DeniedError if isinstance(error, AccessError | AuthenticationError) else _BlockedError
-        return kind(text) if self.committed or lately else None
+        if isinstance(error, AccessError | AuthenticationError):
+            lately = self._let_in is not None and monotonic() - self._let_in <= DENIED_PATIENCE
+            return _DeniedError(text) if self.committed or lately else None
+        return _BlockedError(text) if self.committed else None
 
     def notify(self, **request: Any) -> None:
         """Send a request whose answer nobody waits for; without a connection, nothing is sent."""
