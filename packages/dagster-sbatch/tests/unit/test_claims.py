@@ -53,20 +53,25 @@ def test_a_client_that_has_lost_its_claim_neither_cancels_nor_submits(
     assert [path.name for path in runs.iterdir()] == ["family.holder"]
 
 
-def test_a_client_that_loses_its_claim_while_it_inherits_it_is_left(agent: Channel, tmp_path: Path) -> None:
-    """Its previous agent has ended, and another client was faster than its present one."""
-    (tmp_path / "runs").mkdir(mode=0o700)
+@pytest.mark.parametrize("lost", ["another has it", "the folder is gone"])
+def test_a_client_that_loses_its_claim_while_it_inherits_it_is_left(lost: str, agent: Channel, tmp_path: Path) -> None:
+    """Its previous agent has ended, and another client was faster than its present one; or nobody can take it."""
+    runs = tmp_path / "runs"
+    runs.mkdir(mode=0o700)
     mine: dict[str, Any] = {"token": "token 1", "who": "run 1"}
-    with (tmp_path / "runs" / "family.holder").open("w+") as holder:
+    with (runs / "family.holder").open("w+") as holder:
         fcntl.flock(holder, fcntl.LOCK_EX)
         json.dump(mine, holder)
         holder.flush()
-        agent.send(do="claims.hold", runs=f"{tmp_path}/runs", family="family", **mine)
+        agent.send(do="claims.hold", runs=str(runs), family="family", **mine)
         wait_until(lambda: (frame := agent.receive()) and frame[0]["id"] == 1, "the agent lets it in")
-        holder.seek(0)
-        json.dump(dict(zip(("token", "who"), OTHER, strict=True)), holder)
-        holder.flush()
-        assert answers_of(agent) == [{"id": 1, "held": "run 2"}]
+        if lost == "another has it":
+            holder.seek(0)
+            json.dump(dict(zip(("token", "who"), OTHER, strict=True)), holder)
+            holder.flush()
+        else:
+            runs.rename(tmp_path / "removed")
+        assert answers_of(agent) == [{"id": 1, "held": "run 2"}] * (lost == "another has it")
 
 
 NO_CLAIM = """

@@ -1,5 +1,6 @@
 """Connections that are cut, delayed and split at random bytes in both directions: nothing is lost, nothing doubled."""
 
+import hashlib
 import os
 import random
 import time
@@ -20,6 +21,8 @@ from dagster_sbatch.slurm.gateway import (
     link,
     send_file,
 )
+from dagster_sbatch.slurm.gateway.agent import transfer
+from dagster_sbatch.slurm.gateway.agent.disk import RequestError
 from dagster_sbatch.slurm.gateway.channel import Channel
 from slurm_in_a_box import wait_until
 from support.agent_fixtures import HURRIED, SETTINGS, Prepare, put
@@ -162,6 +165,8 @@ def test_a_file(seed: int, cut: MakeCut, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(client, "PIECE", 20_000)
     local, there, back = (tmp_path / name for name in ("local", "there/there", "back"))
     local.write_bytes(random.Random(seed).randbytes(200_000))
+    there.parent.mkdir()
+    there.write_bytes(bytes(200_000))  # an earlier one
     gateway = cut(seed)
     seen: list[int] = []
     send_file(gateway, local, str(there), lambda at, _: seen.append(at))
@@ -188,6 +193,30 @@ def test_a_file_that_changes_while_it_is_sent_is_named(
     assert not (there / "there").exists()
 
 
+@pytest.mark.parametrize("at", [0, 1, transfer.CHUNK, transfer.CHUNK + 1, 2 * transfer.CHUNK + 7])
+def test_a_file_is_fetched_from_an_offset_on_as_it_was_at_first(at: int, tmp_path: Path) -> None:
+    path, content = tmp_path / "there", random.Random(0).randbytes(2 * transfer.CHUNK + 7)
+    path.write_bytes(content)
+    sent = bytearray()
+
+    def append(data: bytes, **_: object) -> None:
+        sent.extend(data)
+        with path.open("ab") as file:
+            file.write(data)
+
+    said = transfer.get(None, {"path": str(path), "at": at}, append)
+    assert said == {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    assert sent == content[at:]
+
+
+def test_a_file_that_becomes_shorter_while_it_is_fetched_is_fetched_again(tmp_path: Path) -> None:
+    path, size = tmp_path / "there", transfer.CHUNK
+    path.write_bytes(bytes(2 * size))
+    with pytest.raises(RequestError, match=f"^{path} has become shorter$") as error:
+        transfer.get(None, {"path": str(path), "at": 0}, lambda *_, **__: os.truncate(path, size))
+    assert error.value.kind == "temporary"
+
+
 def test_what_is_appended_to_a_file_while_it_is_sent_does_not_count(prepare: Prepare, tmp_path: Path) -> None:
     local, there = tmp_path / "local", tmp_path / "there"
 
@@ -201,9 +230,9 @@ def test_what_is_appended_to_a_file_while_it_is_sent_does_not_count(prepare: Pre
 
 @pytest.mark.parametrize("content", [b"x" * 100_000, b""], ids=["full", "empty"])
 def test_a_file_whose_last_piece_has_come_is_not_sent_again(content: bytes, prepare: Prepare, tmp_path: Path) -> None:
-    """Its agent ends before the file has its name: writing a large one to slow storage takes long."""
+    """Its agent ends before the file has its name: writing a large one to slow storage takes long. Nor a whole one."""
     (tmp_path / "local").write_bytes(content)
     gateway = prepare(ENDS_ONCE_AT_FSYNC.format(mark=str(tmp_path / "mark")))
-    assert send_file(gateway, tmp_path / "local", f"{tmp_path}/there/there") == 0
+    assert [send_file(gateway, tmp_path / "local", f"{tmp_path}/there/there") for _ in range(2)] == [0, 0]
     assert (tmp_path / "mark").exists()
     assert {path.name: path.read_bytes() for path in (tmp_path / "there").iterdir()} == {"there": content}

@@ -234,13 +234,15 @@ def test_what_else_a_step_has_there_is_reported(open_gateway: Callable[[], Gatew
         "step-a-1": "end",
         "step-b-1": "",
         "step-b-2": "cancelled",
-        "step-c-1": "",
+        "step-c-1": "",  # laid out and never submitted
+        "step-d-1": "tried",  # its own
         "other-a-1": "",
         "step-e-1": "",  # its record cannot be read
+        "step-g-1": "tried",  # sbatch has not answered
     }
     for name, mark in marks.items():
         (runs / name).mkdir(parents=True)
-        if name != "step-c-1":  # laid out and never submitted
+        if name not in ("step-c-1", "step-d-1", "step-g-1"):
             (runs / name / "job").symlink_to("17")
         if mark:
             (runs / name / mark).touch()
@@ -250,6 +252,7 @@ def test_what_else_a_step_has_there_is_reported(open_gateway: Callable[[], Gatew
     assert list(claim.others) == [
         OtherRun("step-b", str(runs / "step-b-1"), "17", record),
         OtherRun("step-e", str(runs / "step-e-1"), "17", None),
+        OtherRun("step-g", str(runs / "step-g-1"), None, None),
     ]
     assert not open_gateway().claim(str(runs), "step-f", "token", "me").others
 

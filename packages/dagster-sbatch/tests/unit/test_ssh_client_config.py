@@ -58,8 +58,10 @@ Host several
     userknownhostsfile="/tmp/k h" /tmp/kh '/tmp/k h2'
 Host through
     ProxyJump jane@gate.example:2200 # with a card
+Host url
+    ProxyJump ssh://jane@gate.example:2200/
 Host none
-    ProxyJump none
+    ProxyJump None
 Host * !quoted
     HostName %h.asc.ac.at
     Port 1
@@ -68,7 +70,9 @@ Host * !quoted
 
 
 @pytest.mark.skipif(shutil.which("ssh") is None, reason="ssh is not installed")
-@pytest.mark.parametrize("host", ["musica", "music", "quoted", "quotes", "several", "through", "none", "unheard-of"])
+@pytest.mark.parametrize(
+    "host", ["musica", "music", "quoted", "quotes", "several", "through", "url", "none", "unheard-of"]
+)
 def test_the_config_is_read_as_openssh_reads_it(config: Path, host: str) -> None:
     config.write_text(CONFIG)
     done = subprocess.run(["ssh", "-G", "-F", config, host], capture_output=True, text=True, check=True)
@@ -139,7 +143,7 @@ def test_the_jump_host_has_options_of_its_own(config: Path) -> None:
 
 
 def test_a_jump_host_without_options_is_logged_in_to_like_the_login_node(config: Path) -> None:
-    config.write_text("Host *\nProxyJump gate.example\n")
+    config.write_text("Host *\nProxyJump gate.example\nIdentityFile None\n")
     login, jump = read_route(settings(USER="xy12345"))
     assert jump == Hop("gate.example", 22, "xy12345", login.key, login.known_hosts)
 

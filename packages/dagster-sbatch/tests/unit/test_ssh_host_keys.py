@@ -220,16 +220,22 @@ def refused(forge: Forge, folder: Path, lines: str, certificate: str = "") -> st
 def test_text_for_an_unknown_key(forge: Forge, tmp_path: Path) -> None:
     text = refused(forge, tmp_path, "")
     assert text.startswith(
-        f"{HOST} (port 22) is not trusted: its key is not known. It has shown\n  ssh-ed25519 <ed25519>"
+        f"{HOST} (port 22) is not trusted: its key is not known. It has shown\n  ssh-ed25519 <ed25519>\n"
+        "Nothing is known for it in KNOWN_HOSTS (missing), /dev/null\n"
     )
-    assert "Nothing is known for it in KNOWN_HOSTS (missing), /dev/null\n" in text
     assert "fingerprints of its login nodes" in text
 
 
-def test_text_for_a_changed_key(forge: Forge, tmp_path: Path) -> None:
-    text = refused(forge, tmp_path, f"# comment\n{HOST} <ed25519-2>")
+@pytest.mark.parametrize(
+    ("known", "certificate"),
+    [("ssh-ed25519 <ed25519-2>", ""), ("ecdsa-sha2-nistp256 <ecdsa-ca2>", CERTIFIED)],
+    ids=["of the same type", "with a certificate"],
+)
+def test_text_for_a_changed_key(forge: Forge, tmp_path: Path, known: str, certificate: str) -> None:
+    text = refused(forge, tmp_path, f"# comment\n{HOST} {known.split()[1]}", certificate)
     assert "its key differs from the known one. It has shown\n  ssh-ed25519 <ed25519>\n" in text
-    assert "Known for it:\n  KNOWN_HOSTS:2: ssh-ed25519 <ed25519-2>\n" in text
+    assert ("\n  with a certificate for musica.vie.example, login01" in text) is bool(certificate)
+    assert f"Known for it:\n  KNOWN_HOSTS:2: {known}\n" in text
     assert "Only if it is one of\nthem, correct the lines above" in text
 
 
@@ -269,7 +275,7 @@ def test_text_for_another_authority(forge: Forge, tmp_path: Path) -> None:
     ],
 )
 def test_texts_for_certificates_that_are_not_valid(forge: Forge, tmp_path: Path, options: str, reason: str) -> None:
-    text = refused(forge, tmp_path, AUTHORITY, options)
+    text = refused(forge, tmp_path, f"{AUTHORITY}\n{HOST} <ed25519-2>", options)
     assert f"is not trusted: {reason}" in text
     assert text.endswith("Tell your computing centre: only the centre can correct that.")
 

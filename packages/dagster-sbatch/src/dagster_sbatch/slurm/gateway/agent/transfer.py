@@ -71,7 +71,7 @@ def get(_, ask, say):
                 done += len(data)
                 new = data[-(done - at) :] if done > at else b""
                 if new:
-                    say(new, file=path, at=done - len(new))
+                    say(new, file=path)
     except FileNotFoundError as error:
         raise RequestError("refused", "%s: %s" % (path, error.strerror))
     return {"sha256": found.hexdigest(), "bytes": size}
