@@ -77,6 +77,16 @@ def test_an_array_job_is_one_row_of_the_queue() -> None:
             "exit 1",
             {0: "CANCELLED", 1: "FAILED", 2: "FAILED", 3: "FAILED", 4: "CANCELLED", 5: "CANCELLED"},
         ),
+        (  # which says nothing of a task that had started
+            lines(record("2-3", "FAILED"), record("4294967294", "CANCELLED")),
+            lines(row("1", "COMPLETED")),
+            {0: "CANCELLED", 1: "COMPLETED", 2: "FAILED", 3: "FAILED", 4: "CANCELLED", 5: "CANCELLED"},
+        ),
+        (  # the accounting has only another job of the same id
+            lines(record("1-3", "RUNNING", "Unknown")),
+            lines(row("0", "FAILED", key="x")),
+            {0: "CANCELLED", 1: None, 2: None, 3: None, 4: "CANCELLED", 5: "CANCELLED"},
+        ),
         (  # the controller forgets each task some minutes after its end
             lines(record("3", "RUNNING", "Unknown"), record("0,4,5", "PENDING")),
             lines(row("1", "COMPLETED"), row("2", "CANCELLED by 0"), row("3", "RUNNING")),

@@ -214,7 +214,10 @@ def test_an_error_of_the_agent_itself_ends_a_request_and_is_shown(
 
 
 class SlowAgent(Channel):
-    """Works for longer than any pause on each request, and then answers with an error, or is gone."""
+    """Works for longer than any pause on each request, and then answers with an error, or is gone.
+
+    If it is `cut`, it is gone after a part of its answer, at once.
+    """
 
     SECONDS = link.LONGEST_PAUSE + 5
 
@@ -234,13 +237,16 @@ class SlowAgent(Channel):
             return
         self._ident = request["id"]
         self.asked.append(self._clock.now)
+        if self._kind == "cut":
+            self._out += json.dumps({"id": self._ident, "progress": "", "size": 1}).encode() + b"\nx"
         if len(self.asked) > 12:
             self._clock.set()
 
     def _read(self, seconds: float) -> bytes:
-        if self._ident and self._clock.now - self.asked[-1] > self.SECONDS:
+        late = bool(self._ident) and self._clock.now - self.asked[-1] > self.SECONDS
+        if late or (self._kind == "cut" and self._ident and not self._out):
             self.ended.append(self._clock.now)
-            if self._kind == "lost":
+            if self._kind in ("lost", "cut"):
                 return b""
             answer = {"id": self._ident, "error": self._kind, "text": "the environment cannot be built"}
             self._out += json.dumps(answer).encode() + b"\n"
@@ -282,8 +288,12 @@ def test_slow_temporary_answers_are_repeated_with_growing_pauses(monkeypatch: py
     assert pauses == pytest.approx(expected, abs=2 * channels.READ_SECONDS)
 
 
-def test_the_loss_of_a_connection_that_has_lasted_is_followed_by_a_short_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ask_slow_agent("lost", StoppedError, monkeypatch) == pytest.approx([link.FIRST_PAUSE] * 12)
+@pytest.mark.parametrize("kind", ["lost", "cut"])
+def test_the_loss_of_a_connection_that_has_lasted_or_brought_something_is_followed_by_a_short_pause(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link, "LOGINS_SECONDS", 0.0)
+    assert ask_slow_agent(kind, StoppedError, monkeypatch) == pytest.approx([link.FIRST_PAUSE] * 12)
 
 
 def test_no_command_of_slurm_stays_when_its_client_is_gone(slurm: Path, prepare: Prepare, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -163,3 +164,19 @@ def test_errors_of_two_commands_are_reported_once_each(
         "squeue: squeue: no answer",
         "waiting for Slurm to confirm the end: scontrol: scontrol: no answer",
     ]
+
+
+@pytest.mark.parametrize(
+    ("state", "start", "started", "final"),
+    [
+        ("CANCELLED", None, False, True),
+        ("CANCELLED", None, True, False),
+        ("CANCELLED", 1, False, False),
+        ("", None, False, False),
+    ],
+)
+def test_an_end_is_final_at_once_if_slurm_says_that_the_job_never_started(
+    state: str, start: int | None, started: bool, final: bool, tmp_path: Path
+) -> None:
+    end = {"state": state, "times": [1, start, time.time()]}
+    assert ends.is_final(end, started, str(tmp_path)) is final

@@ -29,6 +29,7 @@ SITE = Site.model_validate(
             "gpu": {"cores": 8, "mem": "8G", "gpus": 4, "tokens_per_node_hour": 1, "tokens_per_gpu_hour": 10},
             "cpu": {"cores": 8, "mem": "8G", "tokens_per_node_hour": 2},
             "free": {"cores": 8, "mem": "8G"},
+            "gpus": {"cores": 8, "mem": "8G", "gpus": 4, "tokens_per_gpu_hour": 10},
         }
     }
 )
@@ -112,7 +113,8 @@ def test_each_life_of_a_job_counts() -> None:
 def test_a_job_counts_in_the_weeks_in_which_it_ran() -> None:
     monday = datetime(2026, 11, 23, tzinfo=UTC)
     job = replace(JOB, start=monday - 2 * HOUR, end=monday + HOUR, seconds=3 * 3600)
-    assert entries(job) == [("2026-W47", 1, 4, 16), ("2026-W48", 1, 2, 8)]
+    assert entries(JOB, job) == [("2026-W47", 1, 4, 16), ("2026-W48", 2, 4, 16)]
+    assert entries(replace(job, end=monday, seconds=2 * 3600)) == [("2026-W47", 1, 4, 16)]
     assert entries(job, since=monday - HOUR) == [("2026-W47", 1, 2, 8), ("2026-W48", 1, 2, 8)]
     new_year = datetime(2027, 1, 1, tzinfo=UTC)
     assert entries(replace(JOB, start=new_year, end=new_year + HOUR))[0][0] == "2026-W53"
@@ -162,6 +164,7 @@ def test_sums_by_project_and_user() -> None:
     [
         ("gpu", {"node": 2, "gres/gpu": 8}, 2 + 80),
         ("cpu", {"node": 2}, 4),  # GPUs are not in the formula
+        ("gpus", {"gres/gpu": 8}, 80),
         ("free", {"node": 2, "gres/gpu": 8}, None),
         ("gone", {"node": 2, "gres/gpu": 8}, None),
         ("gpu", {"node": 2}, None),

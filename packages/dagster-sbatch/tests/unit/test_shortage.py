@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dagster as dg
 import pytest
 
-from dagster_sbatch.costs.budget import find_shortage
+from dagster_sbatch.costs.budget import check_budget, find_shortage
 from dagster_sbatch.inspect.asset_preview import preview_asset
 from dagster_sbatch.inspect.dry_run import try_script
 from dagster_sbatch.launchers import ScriptLauncher
@@ -89,11 +90,12 @@ def test_the_only_project_of_a_user_has_no_other_beside_it(used: int, advice: st
     assert str(find(found, time_limit="10:00:00")[0]).endswith(f"so nothing is submitted. {advice}")
 
 
-def test_the_owner_of_a_budget_can_raise_it() -> None:
+@pytest.mark.parametrize("projects", [["p1", "p2"], []], ids=["known", "not known"])
+def test_the_owner_of_a_budget_can_raise_it(projects: list[str]) -> None:
     settings = Settings.model_validate({"SLURM_BUDGET_GPU_HOURS": 1, "SLURM_BUDGET_START": "2026-11-01"})
     hours: dict[str, Any] = {"seconds": 3600, "tres": {"gres/gpu": 1}, "partition": "gpu", "name": "", "comment": ""}
     life = JobLife("17", "xy", "p1", NOW - timedelta(hours=2), NOW - timedelta(hours=1), **hours)
-    found = usage(shares=[], queue=[], jobs=[life], since=NOW - timedelta(days=30))
+    found = usage(projects=projects, shares=[], queue=[], jobs=[life], since=NOW - timedelta(days=30))
     shortage, _ = find_shortage(allocate(SlurmRequest(gpus_per_node=1), SITE), 1, found, settings)
     assert f"C{ELSEWHERE[1:]}, or raise SLURM_BUDGET_GPU_HOURS" in str(shortage)
 
@@ -142,6 +144,14 @@ def test_a_job_that_costs_just_what_is_free_is_submitted() -> None:
 )  # fmt: skip
 def test_numbers_that_are_absent_refuse_nothing_and_the_log_says_so(fields: dict[str, Any], note: str) -> None:
     assert find(usage(**fields), 99) == (None, [f"SLURM_KEEP_WITHIN_BUDGET: {note} The job is submitted."])
+
+
+def test_an_answer_that_does_not_come_in_time_refuses_nothing_and_the_log_says_so() -> None:
+    gateway: Any = SimpleNamespace(usage_before_submitting=lambda *_: None)
+    settings, warnings = Settings.model_validate({"SLURM_KEEP_WITHIN_BUDGET": True}), list[str]()
+    check_budget(gateway, allocate(SlurmRequest(gpus_per_node=1), SITE), settings, warnings.append, 1)
+    text = "the supercomputer did not say in time what is left. The job is submitted."
+    assert warnings == [f"SLURM_KEEP_WITHIN_BUDGET: {text}"]
 
 
 @dg.asset

@@ -100,10 +100,10 @@ def _tokens(job: JobLife, site: Site, nodes: float | None, gpus: float | None) -
 
 
 def _weeks(job: JobLife, since: datetime, now: datetime) -> Iterator[tuple[str, datetime, datetime]]:
-    """Return the weeks in which a job ran since then, each with the part of it that counts; a job of 0 s has one."""
+    """Return the weeks in which a job ran since then, each from when it counts, to its end; a job of 0 s has one."""
     at, end = max(job.start, since), end_of(job, now)
     while at < end or at == job.start:
         monday = at.date() - timedelta(days=at.weekday())
         following = datetime.combine(monday + timedelta(days=7), datetime.min.time(), at.tzinfo)
-        yield f"{at:%G-W%V}", at, min(end, following)
+        yield f"{at:%G-W%V}", at, following
         at = following

@@ -85,7 +85,6 @@ class Link:
         self._opened: deque[float] = deque(maxlen=MOST_LOGINS)
         self._advanced = False
         self._channel: Channel | None = None
-        self._hold = -1  # number of the request that renews the claim over this connection
 
     def close(self) -> None:
         """End the connection."""
@@ -227,7 +226,7 @@ class Link:
     # The connection
 
     def _connect(self) -> Channel:
-        """Return the connection; over a new one, the claim is renewed first."""
+        """Return the connection; over a new one, the claim is renewed first, by the request `_hold`."""
         if self._channel is None:
             self._opened.append(monotonic())
             self._channel = self._open_channel()
