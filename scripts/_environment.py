@@ -145,7 +145,7 @@ def _lock(file: int, kind: int) -> None:
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
-        text = f"Another script is setting up {VENV}, or uses it, such as scripts/dev. Waiting for its end ..."
+        text = f"Another script, such as scripts/dev, uses {VENV} or is setting it up. Waiting until it ends ..."
         print(text, file=sys.stderr, flush=True)
         fcntl.flock(file, kind)
 

@@ -241,7 +241,7 @@ def test_a_script_says_that_it_waits_for_another(ready: Path) -> None:
             finally:
                 fcntl.flock(lock, fcntl.LOCK_UN)
     assert said.read_text().startswith(
-        f"Another script is setting up {ready}/.venv, or uses it, such as scripts/dev. Waiting for its end ...\n"
+        f"Another script, such as scripts/dev, uses {ready}/.venv or is setting it up. Waiting until it ends ...\n"
     )
     assert (it.returncode, "(exit code 3)" in said.read_text()) == (1, True)
 
@@ -264,7 +264,7 @@ def test_an_environment_in_use_is_not_replaced(ready: Path) -> None:
             user.kill()
     assert it.wait() == 1
     assert said.read_text().startswith(
-        f"Another script is setting up {ready}/.venv, or uses it, such as scripts/dev. Waiting for its end ...\n"
+        f"Another script, such as scripts/dev, uses {ready}/.venv or is setting it up. Waiting until it ends ...\n"
     )
 
 

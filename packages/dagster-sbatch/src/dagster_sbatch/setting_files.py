@@ -128,9 +128,7 @@ def _problems(path: Path) -> list[str]:
     raw = dotenv_values(path, interpolate=False) if path.is_file() else {}
     for name in (_alias(Settings.model_fields[field]) for field in _REMOTE_PATHS):
         if found := BRACES.search(raw.get(name) or ""):
-            problems.append(
-                f"{path}: {name}: {found[0]} would be replaced by this machine's variable. Write ${found[1]}"
-            )
+            problems.append(f"{path}: {name}: {found[0]} would get the value on this machine. Write ${found[1]}")
     return problems
 
 
@@ -145,7 +143,7 @@ def _missing(settings: Settings, file: Path) -> list[str]:
     if settings.edge_node_host == "localhost" and not settings.on_login_node:
         head = (
             "SLURM_EDGE_NODE_HOST=localhost, and there is no sbatch on the PATH of this process, so Dagster would log "
-            f"in by SSH. On a login node, load what has Slurm's commands before you start it, or extend PATH. {head}"
+            f"in by SSH. On a login node, load Slurm's module before you start Dagster, or extend PATH. {head}"
         )
     return [head, *examples] if lacking else []
 

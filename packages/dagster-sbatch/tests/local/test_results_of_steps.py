@@ -204,7 +204,7 @@ def test_only_the_op_that_makes_an_asset_of_a_graph_can_report_on_it(tmp_path: P
     with dg.DagsterInstance.ephemeral() as instance:
         result = dg.materialize([probe], resources=COMPUTE, partition_key="a", instance=instance)
         found = [(each.step_key, each.user_message) for each in instance.all_logs(result.run_id)]
-    (warned,) = [step for step, text in found if "another op makes this asset: Dagster drops the report" in text]
+    (warned,) = [step for step, text in found if "another op makes this asset, so Dagster drops the report" in text]
     (missing,) = [step for step, text in found if text.startswith(MISSING)]
     assert (warned, missing) == ("probe.first", "probe.last")
     (event,) = result.asset_materializations_for_node("probe.last")

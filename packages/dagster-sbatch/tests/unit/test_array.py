@@ -43,7 +43,7 @@ def plan(array: Any, launcher: Any = None, partitions: tuple[str, ...] = ("a", "
         ({"task": {}}, "task: unknown field; did you mean 'tasks'?"),
         ({"tasks": {}}, "there is no parameter set"),
         ({"tasks": {"a": {}}, "partitions_per_task": 2}, "give tasks or partitions_per_task, not both"),
-        ({"tasks": [("a", {}), ("b", {}), ("a", {})]}, "the name 'a' stands for two parameter sets"),
+        ({"tasks": [("a", {}), ("b", {}), ("a", {})]}, "two parameter sets have the name 'a'"),
         ({"tasks": ["ab"]}, "list of pairs (name, parameter set)"),
         ({"tasks": {"a\nb": {}}}, "characters that cannot be printed"),
         ({"tasks": {"": {}}}, "is empty"),

@@ -94,7 +94,7 @@ def test_a_network_from_which_port_22_times_out(tmp_path: Path) -> None:
         state, found, fix = this_machine.check_port(facts_of(server.getsockname(), tmp_path))
     assert state == "broken"
     assert found.endswith("does not answer within 0 s: this network does not reach it")
-    assert "network that the centre lets in" in fix
+    assert "network that the centre admits" in fix
     assert "VPN" in fix
 
 
@@ -112,7 +112,7 @@ def test_a_machine_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_server_that_says_nothing(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         state, found, _ = this_machine.check_port(facts_of(server.getsockname(), tmp_path))
-    assert (state, "accepts a connection and says nothing" in found) == ("broken", True)
+    assert (state, "accepts a connection, but sends nothing" in found) == ("broken", True)
 
 
 def test_an_agent_that_stops_answering_is_no_traceback(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_a_port_that_is_not_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         thread.start()
         state, found, fix = this_machine.check_port(facts_of(server.getsockname(), tmp_path))
         thread.join()
-    assert (state, "is not SSH: 'HTTP/1.1 400" in found) == ("broken", True)
+    assert (state, "is not an SSH server: 'HTTP/1.1 400" in found) == ("broken", True)
     assert fix == "check SLURM_EDGE_NODE_PORT"
 
 

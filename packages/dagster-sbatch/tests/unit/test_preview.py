@@ -264,12 +264,12 @@ def test_every_kind_of_asset_is_shown(
         (
             "takes_a_value",
             None,
-            ["takes the value of another asset from an IO manager", "Name the other asset in `deps="],
+            ["gets the value of another asset from an IO manager", "Name it in `deps="],
         ),
         ("plain", None, ["none of its resources is a ComputeResource"]),
         ("calls_nothing", None, ["ran to its end without calling compute.run"]),
-        ("breaks", None, ["its own code failed before it called compute.run", "SlurmRequest", "test_preview.py"]),
-        ("needs_a_database", None, ["a resource that it needs cannot be made here", "DATABASE_URL is not set"]),
+        ("breaks", None, ["own code, which failed before it called compute.run", "SlurmRequest", "test_preview.py"]),
+        ("needs_a_database", None, ["its resource cannot be made here", "DATABASE_URL is not set"]),
         ("too_large", None, ["gives a job 176 CPUs"]),
     ],
 )
@@ -346,7 +346,7 @@ def test_the_retries_are_shown_that_the_request_names() -> None:
 
 
 def test_the_project_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "SBATCH_ACCOUNT of the login shell there, else your default" in preview("sweep").summary["project"]
+    assert "SBATCH_ACCOUNT of your login shell there, or your default" in preview("sweep").summary["project"]
     monkeypatch.setenv("SLURM_ACCOUNT", "p1")
     shown = preview("sweep")
     assert shown.summary["project"] == "p1"

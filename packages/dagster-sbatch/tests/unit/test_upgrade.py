@@ -264,7 +264,7 @@ def test_an_interrupt_of_the_tests_leaves_the_new_engine(
     printed = capfd.readouterr()
     assert "by hand:\n\n1.1.0\n- one\n\n" in printed.out
     assert ("Running the tests:\ntests end\n" in printed.out) == (moment == "test")
-    assert "Interrupted: the engine is replaced, not tested. Run the tests:\n  scripts/test\n" in printed.err
+    assert "Interrupted. The engine is replaced, but not tested. Run the tests:\n  scripts/test\n" in printed.err
     assert engines(project) == {"1.1.0"}
 
 

@@ -56,7 +56,7 @@ def parse_dimensions(text: str) -> list[Dimension]:
     try:
         return [known[name] for name in text.split(",")]
     except KeyError as error:
-        raise argparse.ArgumentTypeError(f"{error.args[0]!r} is none of {', '.join(known)}") from None
+        raise argparse.ArgumentTypeError(f"{error.args[0]!r} is unknown; valid are {', '.join(known)}") from None
 
 
 def parse_day(text: str) -> datetime:

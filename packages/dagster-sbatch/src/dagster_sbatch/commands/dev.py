@@ -41,7 +41,7 @@ Run Dagster on a machine of your own. If nobody else can log in here:
   scripts/dev {ANYONE}"""
 OVERRIDDEN = """\
 Dagster is not started: {file} and the environment of this command have different values of {names}.
-Dagster would use those of the file. Remove them there, or from the environment."""
+Dagster would use the values of the file. Remove these variables from the file, or from the environment."""
 SECOND = """\
 Dagster is not started: process {pid} is a Dagster daemon of this project, and two would start the same runs.
 Stop the other Dagster first, with Ctrl-C in its terminal, or with `kill {pid}`."""

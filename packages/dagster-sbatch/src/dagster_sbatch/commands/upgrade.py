@@ -101,12 +101,12 @@ def _test(root: Path, *, kept: bool) -> int:
     except (KeyboardInterrupt, OSError) as error:
         stopped = isinstance(error, KeyboardInterrupt)
         reason = "Interrupted" if stopped else error
-        print(f"\n{reason}: the engine is replaced, not tested. Run the tests:\n  scripts/test", file=sys.stderr)
+        print(f"\n{reason}. The engine is replaced, but not tested. Run the tests:\n  scripts/test", file=sys.stderr)
         return 130 if stopped else 3
     if failed:
         print("\nA test fails. Its output is above.")
         if kept:
-            print("Correct your code, or return to the engine before:\n  scripts/upgrade --back")
+            print("Correct your code, or go back to the former engine:\n  scripts/upgrade --back")
         return 3
     print("\nAll tests pass. Commit the change:\n  git add --all && git commit")
     return 0

@@ -268,14 +268,14 @@ def _explain(result: dg.ExecuteInProcessResult, asset: str) -> ConfigurationErro
     while root and root.cause:
         root = root.cause
     frames = [frame for frame in root.stack if not LIBRARY.search(frame)] or root.stack if root else []
-    why = f"{root.message.strip()}\n{''.join(frames[-1:]).rstrip()}" if root else "Dagster says no more"
+    why = f"{root.message.strip()}\n{''.join(frames[-1:]).rstrip()}" if root else "Dagster gives no details"
     if kind == "DagsterExecutionLoadInputError":
         return NotPreviewedError(
-            "it takes the value of another asset from an IO manager, and that value cannot be loaded in the temporary "
-            "Dagster instance of a preview. Name the other asset in `deps=`, and let the workload read its file, "
-            f"or materialize this one to see its request.\n{why}"
+            "it gets the value of another asset from an IO manager, and a preview cannot load that value. Name it in "
+            "`deps=`, and let the workload read its file; or materialize this asset to see its request in the run's "
+            f"log.\n{why}"
         )
     if kind == "DagsterResourceFunctionError":
-        return NotPreviewedError(f"a resource that it needs cannot be made here. Set what that resource reads.\n{why}")
+        return NotPreviewedError(f"its resource cannot be made here. Set the variables that it reads.\n{why}")
     refused = ConfigurationError if root and root.cls_name == "ConfigurationError" else NotPreviewedError
-    return refused(f"its own code failed before it called compute.run; preview runs that code. Correct it.\n{why}")
+    return refused(f"preview runs the asset's own code, which failed before it called compute.run. Correct it.\n{why}")

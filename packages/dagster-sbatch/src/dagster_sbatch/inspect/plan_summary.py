@@ -44,7 +44,7 @@ def summarise(step: str, plan: Plan, settings: Settings) -> dict[str, str]:
         **({"array": _summarise_array(plan)} if plan.array else {}),
         **_summarise_nodes(plan),
         "project": request.account
-        or "not named: SBATCH_ACCOUNT of the login shell there, else your default (--test-only says which)",
+        or "SBATCH_ACCOUNT of your login shell there, or your default project (--test-only says which)",
         "time limit": format_time(request.time_limit),
         "cost": _summarise_cost(plan),
         **_summarise_retries(request.retries),

@@ -29,7 +29,7 @@ def _parameter_sets(value: Any) -> Any:
     names = [name for name, _ in pairs]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise ValueError(f"the name {twice!r} stands for two parameter sets. Give each set a name of its own")
+        raise ValueError(f"two parameter sets have the name {twice!r}. Give each set a name of its own")
     return dict(pairs)
 
 

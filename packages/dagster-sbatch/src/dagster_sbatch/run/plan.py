@@ -129,7 +129,7 @@ def _check_environment(environment: str | None, project: Project, launcher: Laun
     if environment is not None and launcher.container:
         raise ConfigurationError(
             f"environment={environment!r} has no effect with a container: the workload runs with the Python and the "
-            "packages of the image. Remove one of the two; container=None in the launcher leaves out that of the site."
+            "packages of the image. Remove one of the two; to use no container, not even the site's: container=None."
         )
 
 

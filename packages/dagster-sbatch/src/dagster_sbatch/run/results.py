@@ -114,8 +114,8 @@ def _check_asset(context: dg.OpExecutionContext, asset: str | None) -> None:
     own = {key.to_escaped_user_string() for key in _made_by(context) if isinstance(key, dg.AssetKey)}
     if asset not in own and calls_of(context).claim_once(f"another op makes {asset}"):
         StepLog(context).warning(
-            f"The workload reports on {asset}, and another op makes this asset: Dagster drops the report. Let the "
-            "workload of that op report it."
+            f"The workload reports on {asset}, but another op makes this asset, so Dagster drops the report. Report "
+            "it in the workload of that op."
         )
 
 

@@ -13,7 +13,7 @@ _EXAMPLE = "for instance modules=['GCC/14.3.0', 'OpenMPI']"
 _FAILED = "could not load the modules"
 _ERROR = "Lmod has detected the following error: "
 _ADVICE = (
-    "Correct modules=[...] of the request or of the site. In a shell there, this command lists valid names:\n"
+    "Correct modules=[...] of the request or of the site. On the supercomputer, this command lists valid names:\n"
     "module spider"
 )
 _NOT_FOUND = 127  # exit code of a shell for a command that it does not have

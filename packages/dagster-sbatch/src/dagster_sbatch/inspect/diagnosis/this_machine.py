@@ -58,7 +58,7 @@ def check_credentials(facts: Facts) -> Finding:
     health = check_health(facts.settings)
     if health.verdict in ("broken", "failing"):
         make = broken if health.verdict == "broken" else warning
-        advice = "do what these lines advise; if they advise nothing, wait: the refresh is tried again by itself"
+        advice = "do what these lines say; if they say nothing to do, wait: the refresh is retried automatically"
         return make(health.summary, advice)
     return ok(health.summary)
 
@@ -93,7 +93,7 @@ def check_port(facts: Facts) -> Finding:
     except TimeoutError:
         return broken(
             f"{hop} does not answer within {TCP_SECONDS:.0f} s: this network does not reach it",
-            "connect from a network that the centre lets in, such as your university's, or start the centre's VPN; "
+            "connect from a network that the centre admits, such as your university's, or start the centre's VPN; "
             f"if you have done so, {maintenance}",
         )
     except OSError as error:
@@ -103,9 +103,9 @@ def check_port(facts: Facts) -> Finding:
         with connection:
             greeting = connection.recv(64).decode(errors="replace").strip()
     except OSError as error:
-        return broken(f"{hop} accepts a connection and says nothing: {error.strerror or error}", maintenance)
+        return broken(f"{hop} accepts a connection, but sends nothing: {error.strerror or error}", maintenance)
     if not greeting.startswith("SSH-"):
-        return broken(f"{hop} is not SSH: {greeting!r}", "check SLURM_EDGE_NODE_PORT")
+        return broken(f"{hop} is not an SSH server: {greeting!r}", "check SLURM_EDGE_NODE_PORT")
     return ok(f"{hop} answers: {greeting}")
 
 
@@ -115,7 +115,7 @@ def check_host_authority(facts: Facts) -> Finding:
     known = KnownHosts.read(login.known_hosts, facts.site.host_authorities)
     entries = trusted_entries(known, login.host, login.port)
     if not entries:
-        return warning(f"nothing is known for {login.host}", "`scripts/docs ssh`: What you have to do once")
+        return warning(f"no host key is known for {login.host}", "`scripts/docs ssh`: What you have to do once")
     kinds = {CERT_AUTHORITY: "authority", "": "key"}
     found = ", ".join(f"{kinds[each.marker]} {fingerprint(each.key)} of {each.place}" for each in entries)
     found = found.replace(str(Path.home()), "~")
