@@ -6,12 +6,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from time import monotonic, time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from dagster_sbatch.slurm.gateway import choose_channel
-from dagster_sbatch.slurm.gateway.agent import claims, disk
+from dagster_sbatch.slurm.gateway.agent import claims, disk, jobs
 from dagster_sbatch.slurm.gateway.channel import Channel
 from slurm_in_a_box import wait_until
 from support.agent_fixtures import SETTINGS, Prepare, put
@@ -161,3 +162,11 @@ def test_a_clock_of_the_file_server_that_is_ahead_delays_nothing(prepare: Prepar
     begun = monotonic()
     assert prepare(PATIENCE).cancel(str(run)) is None
     assert monotonic() - begun < 20
+
+
+def test_one_agent_at_a_time_submits_a_run_or_cancels_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one waits until the job has recorded itself: its sbatch, which has the lock, may hang."""
+    record = SimpleNamespace(sleep=lambda _: (tmp_path / "job").symlink_to("17"))
+    monkeypatch.setattr(jobs, "time", record)
+    with jobs.locked(str(tmp_path)), jobs.locked(str(tmp_path)):
+        assert (tmp_path / "job").is_symlink()

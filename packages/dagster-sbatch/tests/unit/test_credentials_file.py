@@ -211,3 +211,10 @@ def test_when_a_secret_is_due(
     made = None if created is None else NOON + timedelta(days=created)
     secret = Secret("x", "", NOON + timedelta(days=expires), made)
     assert secret.renew_at(skew_days) == NOON + timedelta(days=expires - due_before_end)
+
+
+def test_a_folder_that_is_a_file_is_named(path: Path) -> None:
+    """A run would take the bare OSError for a lost connection, and connect again."""
+    path.parent.touch()
+    with pytest.raises(UnsafeFileError, match=f"cannot be used: {path}: Not a directory. Check its folder"):
+        Credentials.read(path)
