@@ -170,3 +170,14 @@ def test_one_agent_at_a_time_submits_a_run_or_cancels_it(tmp_path: Path, monkeyp
     monkeypatch.setattr(jobs, "time", record)
     with jobs.locked(str(tmp_path)), jobs.locked(str(tmp_path)):
         assert (tmp_path / "job").is_symlink()
+
+
+def test_a_claim_that_another_has_leaves_no_file_open(tmp_path: Path) -> None:
+    """An agent may ask for the claim of its client's previous agent twice per second, for hours."""
+    held: dict[str, int] = {}
+    path, opened = f"{tmp_path}/family.holder", Path("/proc/self/fd")
+    assert claims.take(held, path, {})
+    before = sorted(each.name for each in opened.iterdir())
+    assert not claims.take({}, path, {})
+    assert sorted(each.name for each in opened.iterdir()) == before
+    os.close(held[path])
