@@ -1,4 +1,4 @@
-"""Values that an asset with an array gets from an IO manager, and returns for one, when a task has failed."""
+"""After a failed task: the values that an asset gets from an IO manager and returns for one; what is left as it was."""
 
 from pathlib import Path
 from typing import Any
@@ -7,6 +7,7 @@ import dagster as dg
 import pytest
 
 from dagster_sbatch import ComputeResource, JobArray
+from dagster_sbatch.run import compute
 from resources import PROJECT
 from support.array_asset import DAYS, ArrayAsset
 
@@ -88,3 +89,27 @@ def test_a_value_of_all_partitions_lacks_none(tmp_path: Path, data_root: Path, *
     assert resumed.success is declared
     assert asset.values.get("probe") == (dict.fromkeys(KEYS, 1) if declared else None)
     assert declared or "Earlier runs have completed 2 partitions of this run" in resumed.error
+
+
+def test_what_an_older_engine_has_stored_is_not_computed_again(
+    tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has tagged its run with the deployment only."""
+
+    def tag(context: dg.OpExecutionContext, deployment: str, *_: object) -> None:
+        context.instance.add_run_tags(context.run_id, {"deployment": deployment})
+
+    workload = """
+import os, pathlib
+computed = pathlib.Path(os.environ["DATA_ROOT"], pipes.partition_key)
+with computed.open("a") as file:
+    file.write("once ")
+if pipes.partition_key == "2013-01-03" and len(computed.read_text()) == 5:
+    raise ValueError
+"""
+    asset = ArrayAsset(tmp_path, workload, JobArray())
+    with monkeypatch.context() as older:
+        older.setattr(compute, "tag_deployment", tag)
+        first = asset.run(FIRST, LAST)
+    assert asset.run(FIRST, LAST, of=first.run_id, from_failure=True).success
+    assert [(data_root / key).read_text() for key in KEYS] == ["once ", "once ", "once once "]

@@ -8,7 +8,7 @@ from operator import attrgetter
 import dagster as dg
 
 from dagster_sbatch.run.calls import StepName
-from dagster_sbatch.run.tags import deployment_of, job_tag
+from dagster_sbatch.run.tags import is_same_place, job_tag
 
 _RESUMED, _BY_ASSET = ("dagster/is_resume_retry", "true"), ("dagster/is_asset_resume_retry", "true")
 """Tags of a re-execution from failure, and from asset failure; Dagster copies the second one to later re-executions."""
@@ -146,7 +146,7 @@ def stored_partitions(step: dg.OpExecutionContext) -> dict[str, dict[dg.AssetKey
     """
     name, run, assets = StepName.of(step), step.instance.get_run_by_id(step.run_id), sorted(step.selected_asset_keys)
     found: dict[str, set[dg.AssetKey]] = {}
-    deployment = run and deployment_of(run)
+    last = run
     while run:
         for event in _events_of(step.instance, run.run_id, name, {_STORED}):
             if (stored := event.asset_materialization) and stored.partition is not None and stored.asset_key in assets:
@@ -155,7 +155,7 @@ def stored_partitions(step: dg.OpExecutionContext) -> dict[str, dict[dg.AssetKey
         copied = before is not None and _BY_ASSET in before.tags.items()
         resumed = _RESUMED in run.tags.items() or (_BY_ASSET in run.tags.items() and not copied)
         run = before if resumed else None
-        if run and (is_stored(step.instance, [run.run_id], name) or deployment_of(run) != deployment):
+        if run and last and (is_stored(step.instance, [run.run_id], name) or not is_same_place(run, last)):
             break
     complete = [partition for partition, each in found.items() if len(each) == len(assets)]
     newest: dict[str, dict[dg.AssetKey, Stored]] = {}

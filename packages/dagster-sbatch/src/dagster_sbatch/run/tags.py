@@ -50,12 +50,19 @@ def made_elsewhere(
 
 def _other_place(run: dg.DagsterRun, site: str | None, data_root: str) -> str:
     """Return the deployment and the DATA_ROOT of a run; empty if its data are on this site and in this DATA_ROOT."""
-    deployment, former_site, former_root = deployment_of(run)
+    deployment, former_site, former_root = _place_of(run)
     same = deployment is None or (former_site == site and former_root in (None, data_root))
     return "" if same else f"{deployment} with DATA_ROOT={former_root}"
 
 
-def deployment_of(run: dg.DagsterRun) -> list[str | None]:
+def is_same_place(one: dg.DagsterRun, other: dg.DagsterRun) -> bool:
+    """Return whether two runs had the same deployment, site and DATA_ROOT. Older engines have not tagged DATA_ROOT."""
+    *first, first_root = _place_of(one)
+    *second, second_root = _place_of(other)
+    return first == second and (first_root == second_root or None in (first_root, second_root))
+
+
+def _place_of(run: dg.DagsterRun) -> list[str | None]:
     """Return DAGSTER_DEPLOYMENT, the site and DATA_ROOT of a run; None for what it has no tag of."""
     deployment, site, root = (run.tags.get(name) for name in ("deployment", "site", "data_root"))
     return [deployment, None if deployment == "development" else site, root]  # re-executions inherit tags
