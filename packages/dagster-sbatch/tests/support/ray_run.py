@@ -29,6 +29,9 @@ ON_THE_SECOND = '[ "$SLURM_PROCID" = 0 ] || '
 """Begins a pre-start command for the node that is not the head."""
 FEW_CPUS = 1
 """Per node. Ray starts a process for each."""
+STARTUP_SECONDS = 300
+"""For the nodes to join, unless a launcher says it. `ray start` gives up after 30 s, and is started a second time;
+where ten processes wait for each CPU, both take more than the 120 s that are the launcher's default."""
 CONNECT = (
     PIPES
     + """
@@ -93,8 +96,10 @@ class RayRun:
         self._site, self._name = site, name
         folder = folder / name
         folder.mkdir()
-        wanted = SlurmRequest(**{"cpus_per_task": FEW_CPUS, "mem": "3G", "time_limit": "5", **request})
+        wanted = SlurmRequest(**{"cpus_per_task": FEW_CPUS, "mem": "3G", "time_limit": "10", **request})
         ray = launcher or RayLauncher()
+        if "startup_time_limit" not in ray.model_fields_set:
+            ray = ray.model_copy(update={"startup_time_limit": STARTUP_SECONDS})
         self._run = Background(
             lambda: materialize(workload, folder, launcher=ray, request=wanted, extras={"name": name}, env=env)
         )
@@ -115,7 +120,7 @@ class RayRun:
 
     def wait_until_ready(self) -> None:
         """Wait for the workload's word."""
-        wait_until(lambda: self.is_ready or self._run.ended, f"the workload of {self._name} runs", 180)
+        wait_until(lambda: self.is_ready or self._run.ended, f"the workload of {self._name} runs", STARTUP_SECONDS + 60)
         assert self.is_ready, self.finish().error
 
     @property
@@ -129,7 +134,7 @@ class RayRun:
 
     def finish(self) -> Outcome:
         """Wait for its end."""
-        return self._run.outcome(240)
+        return self._run.outcome(STARTUP_SECONDS + 60)
 
 
 def share_out(cases: Mapping[str, Callable[[tuple[str, ...]], None]]) -> None:
