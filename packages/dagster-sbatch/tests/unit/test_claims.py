@@ -181,3 +181,11 @@ def test_a_claim_that_another_has_leaves_no_file_open(tmp_path: Path) -> None:
     assert not claims.take({}, path, {})
     assert sorted(each.name for each in opened.iterdir()) == before
     os.close(held[path])
+
+
+def test_all_array_jobs_of_a_family_are_known_and_of_its_single_jobs_the_latest(tmp_path: Path) -> None:
+    """Several array jobs can be active at once: one has tasks that another has not."""
+    for number in (1, 2, 3):
+        (tmp_path / f"family-{number}" / "tasks").mkdir(parents=True)
+    (tmp_path / "family-1" / "tasks.jsonl").write_text("{}\n")
+    assert [each["number"] for each in claims.attempts_of(str(tmp_path), "family")] == [1, 3]
