@@ -396,5 +396,5 @@ def test_variables_of_this_machine_count_for_data_here(root: Path, monkeypatch: 
 def test_braces_that_dotenv_would_replace_by_nothing_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DAGSTER_DEPLOYMENT", "staging_supercomputer")
     write(root / "envs" / ".env.musica", DOCUMENT + "SLURM_DEPLOYMENT_BASE_PATH=${DATA}/dagster\n")
-    with pytest.raises(ConfigurationError, match=r"SLURM_DEPLOYMENT_BASE_PATH: \$\{DATA\} would be .* Write \$DATA"):
+    with pytest.raises(ConfigurationError, match=r"SLURM_DEPLOYMENT_BASE_PATH: \$\{DATA\} would get .* Write \$DATA"):
         load_settings(SITES, root)
