@@ -5,11 +5,13 @@ import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import chdir
+from datetime import UTC, datetime
 
 import dagster as dg
 import psutil
 import pytest
 
+from dagster_sbatch.upkeep.ownership import group_state, repeat_failures
 from support.dagster_dev import ENDED, DagsterDev, beside_location, gone, wait_for
 
 pytestmark = pytest.mark.local
@@ -76,6 +78,18 @@ def start(server: DagsterDev, run_id: str | None = None) -> tuple[str, int, int]
     return run_id, pid, parent
 
 
+def retry_of(server: DagsterDev, run_id: str) -> str:
+    """The retry of a run that has failed. If Dagster misses it, do as the sensor `cancel_orphaned_jobs`."""
+
+    def find() -> str:
+        with chdir(server.folder), dg.DagsterInstance.from_config(".") as instance:
+            if group_state(instance, run_id, datetime.now(UTC)) == "retry missed":
+                repeat_failures(instance, [run_id])
+        return server.re_execution_of(run_id)
+
+    return str(wait_for(find, 240, "it is retried"))
+
+
 def output(server: DagsterDev, run_id: str) -> str:
     (path,) = (server.folder / ".dagster" / "compute_logs" / run_id).rglob("*.out")
     return path.read_text()
@@ -98,8 +112,7 @@ def test_a_run_that_is_killed_with_its_fork_server_is_found_and_retried(server: 
         os.kill(each, signal.SIGKILL)
     wait_for(lambda: server.status(run_id) == "FAILURE", 240, "run monitoring fails the run")
     assert any(f"Process {pid} of this run is gone" in text for text in server.messages(run_id))
-    retry = wait_for(lambda: server.re_execution_of(run_id), 240, "it is retried")
-    _, _, another = start(server, retry)
+    _, _, another = start(server, retry_of(server, run_id))
     assert another != parent
 
 
@@ -126,7 +139,7 @@ def test_after_a_power_cut_history_is_kept_and_a_run_that_was_not_forked_is_retr
     assert (server.status(done), server.materializations("waiter")) == ("SUCCESS", stored)
     wait_for(lambda: server.status(run_id) == "FAILURE", 240, "run monitoring fails the run")
     assert any(f"Process {pid} of this run is gone" in text for text in server.messages(run_id))
-    retry = wait_for(lambda: server.re_execution_of(run_id), 240, "it is retried")
+    retry = retry_of(server, run_id)
     go.touch()
     assert server.wait(retry) == "SUCCESS"
     kept = {path.name for path in server.folder.iterdir() if not path.name.startswith(".tmp_dagster_home_")}
