@@ -214,12 +214,12 @@ def test_the_skeleton_agrees_with_the_template() -> None:
         (["./class"], ["is a keyword or a module of Python"]),
         (["./json"], ["is a keyword or a module of Python"]),
         (["./test"], ["is a keyword or a module of Python"]),
-        (["./resources"], ["is that of a folder or a package"]),
-        (["./dagster"], ["is that of a folder or a package"]),
-        (["./dagster-sbatch"], ["is that of a folder or a package"]),  # installed from its sources: no module is listed
-        (["./python_dotenv"], ["is that of a folder or a package"]),  # its module has another name
-        (["./vendor"], ["is that of a folder or a package"]),
-        (["./pi-estimate"], ["is that of a folder or a package"]),  # the module of the workload
+        (["./resources"], ["is taken by a folder or a package"]),
+        (["./dagster"], ["is taken by a folder or a package"]),
+        (["./dagster-sbatch"], ["is taken by a folder or a package"]),  # installed from its sources: lists no module
+        (["./python_dotenv"], ["is taken by a folder or a package"]),  # its module has another name
+        (["./vendor"], ["is taken by a folder or a package"]),
+        (["./pi-estimate"], ["is taken by a folder or a package"]),  # the module of the workload
         (["./dist"], ["git ignores a folder dist (.gitignore:"]),
         (["./there"], ["there exists already. Choose another name"]),
         (["./no/such it's/climate"], ["""/no/such it'"'"'s'"""]),

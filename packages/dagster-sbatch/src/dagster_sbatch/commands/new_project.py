@@ -109,7 +109,7 @@ def name_problems(root: Path, name: str, *, in_place: bool) -> list[str]:
         return [f"the name {name!r} is a keyword or a module of Python. Choose another name"]
     taken = names_in_use(root) - ({project_copy.OLD_PACKAGE, project_copy.OLD_PROJECT} if in_place else set())
     if {package, name, name.replace("_", "-")} & taken:
-        return [f"a folder or a package that the project uses has the name {name!r}. Choose another one"]
+        return [f"the name {name!r} is taken by a folder or a package that the project uses. Choose another name"]
     return []
 
 
