@@ -94,4 +94,4 @@ def after_login_profile(setup: Sequence[str], script: str) -> str:
     Only login shells have `module`; with POSIXLY_CORRECT they read no profile. The script alone reads the stdin.
     """
     text = "\n".join([*setup, "exec <&3 3<&-", script])
-    return f"exec env -u POSIXLY_CORRECT /bin/bash -l -c {shlex.quote(text)} bash 3<&0 </dev/null"
+    return f"unset POSIXLY_CORRECT; exec /bin/bash -l -c {shlex.quote(text)} bash 3<&0 </dev/null"

@@ -22,7 +22,7 @@ DESCRIBE = (
     "implementation=sys.implementation.name, machine=platform.machine(), glibc=glibc)))"
 )
 # Kills the whole group when the pipe %d closes; the agent alone holds its other end.
-BOUND = '{ read -r _ <&%d; kill -KILL 0; } >/dev/null 2>&1 & exec nice -n 5 env -u POSIXLY_CORRECT /bin/bash -l -c "$@"'
+BOUND = '{ read -r _ <&%d; kill -KILL 0; } >/dev/null 2>&1 & unset POSIXLY_CORRECT; exec nice -n 5 /bin/bash -l -c "$@"'
 
 
 def collect(pipe, said):
