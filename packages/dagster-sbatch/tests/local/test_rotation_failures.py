@@ -343,7 +343,7 @@ def test_a_token_that_is_of_no_use_is_told_with_its_cause(
     monkeypatch.setattr(Http, "call", lambda *_, **__: answer)
     with pytest.raises(AccessError, match=words) as error:
         request_oidc_token(access.settings_of(variables), "x", Http())
-    assert str(error.value).endswith("ask the centre")
+    assert f". Tell the centre, with ASC_OIDC_CLIENT_ID={variables['ASC_OIDC_CLIENT_ID']}" in str(error.value)
     assert "test-secret" not in str(error.value)
 
 

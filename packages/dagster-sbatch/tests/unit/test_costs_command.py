@@ -111,7 +111,7 @@ def test_the_proposals_of_the_last_runs_are_shown(run: Run, tmp_path: Path, monk
 
 
 @pytest.mark.parametrize(
-    ("option", "text"), [("--by=weeks", "'weeks' is none of asset, week"), ("--since=x", "is not a day")]
+    ("option", "text"), [("--by=weeks", "'weeks' is unknown; valid are asset, week"), ("--since=x", "is not a day")]
 )
 def test_wrong_usage_is_named(
     option: str, text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -111,4 +111,4 @@ def test_all_names_that_the_engine_adds_to_the_result_of_a_job_are_documented() 
     text = (
         (ROOT / "packages" / "dagster-sbatch" / "docs" / "assets.md").read_text().partition("**Names of metadata.**")[2]
     )
-    assert set(re.findall(r"`(\w+)`", text.partition("On every deployment")[0])) == OWN_NAMES
+    assert set(re.findall(r"`(\w+)`", text.partition("If a workload uses")[0])) == OWN_NAMES

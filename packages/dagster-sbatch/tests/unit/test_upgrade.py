@@ -346,7 +346,7 @@ def test_a_terminated_upgrade_ends_its_tests(
 ) -> None:
     terminate = "os.kill(os.getppid(), signal.SIGTERM); signal.pause()"
     assert run_main(project, monkeypatch, newer, test=terminate) == 130
-    assert "replaced, not tested" in capfd.readouterr().err
+    assert "replaced, but not tested" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("back", [False, True])

@@ -147,8 +147,8 @@ def request_oidc_token(settings: Settings, app_password: str, http: Http) -> Oid
     except (ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError) as problem:
         lacks = str(problem) if type(problem) is ValueError else "it is missing or cannot be read"
         raise AccessError(
-            f"authentik's OIDC token (id_token) cannot be used for a certificate: {lacks}. Ask the centre with "
-            f"this text: ASC_OIDC_CLIENT_ID={settings.oidc_client_id}"
+            f"authentik's OIDC token (id_token) cannot be used for a certificate: {lacks}. Tell the centre, "
+            f"with ASC_OIDC_CLIENT_ID={settings.oidc_client_id}"
         ) from None
 
 

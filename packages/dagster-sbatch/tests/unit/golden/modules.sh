@@ -95,7 +95,7 @@ if [ "$loaded" != 0 ]; then
   said=${said#*'Lmod has detected the following error: '} # its first paragraph; the others are general advice
   said=${said%%$'\n\n'*}
   why=${said//$'\n'/ }$'\n'
-  why+='Correct modules=[...] of the request or of the site. In a shell there, this command lists valid names:
+  why+='Correct modules=[...] of the request or of the site. On the supercomputer, this command lists valid names:
 module spider'
   [ "$loaded" != 127 ] ||
     why='There is no command module: the machine has no Lmod, or its login profile does not start it. Remove modules=[...], or start Lmod in the setup_commands of the site.'
