@@ -159,7 +159,7 @@ def test_another_users_certificate(site: SimulatedSite, home: Path) -> None:
     site.mint_certificate(home / ".ssh/id_musica", TCSH_USER)
     text = refusal(settings(site))
     assert "with the certificate id_musica-cert.pub, for tc24680; valid from" in text
-    assert "The certificate is not for 'xy12345': set SLURM_EDGE_NODE_USER" in text
+    assert "The certificate is not for 'xy12345'. Set SLURM_EDGE_NODE_USER" in text
 
 
 def test_an_account_that_may_not_log_in(site: SimulatedSite, home: Path) -> None:
