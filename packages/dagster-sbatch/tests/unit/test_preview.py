@@ -269,7 +269,7 @@ def test_every_kind_of_asset_is_shown(
         ("plain", None, ["none of its resources is a ComputeResource"]),
         ("calls_nothing", None, ["ran to its end without calling compute.run"]),
         ("breaks", None, ["own code, which failed before it called compute.run", "SlurmRequest", "test_preview.py"]),
-        ("needs_a_database", None, ["its resource cannot be made here", "DATABASE_URL is not set"]),
+        ("needs_a_database", None, ["one of its resources cannot be made here", "DATABASE_URL is not set"]),
         ("too_large", None, ["gives a job 176 CPUs"]),
     ],
 )

@@ -276,6 +276,6 @@ def _explain(result: dg.ExecuteInProcessResult, asset: str) -> ConfigurationErro
             f"log.\n{why}"
         )
     if kind == "DagsterResourceFunctionError":
-        return NotPreviewedError(f"its resource cannot be made here. Set the variables that it reads.\n{why}")
+        return NotPreviewedError(f"one of its resources cannot be made here. Set the variables that it reads.\n{why}")
     refused = ConfigurationError if root and root.cls_name == "ConfigurationError" else NotPreviewedError
     return refused(f"preview runs the asset's own code, which failed before it called compute.run. Correct it.\n{why}")
